@@ -1,0 +1,1501 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10,<0.11", "flax>=0.12,<0.13", "optax>=0.2.8,<0.3", "craftax>=1.6.1,<1.7", "orbax-checkpoint>=0.12,<0.13",
+#   "numpy>=2.0,<3", "tyro>=1.0,<2", "imageio>=2.37,<3", "imageio-ffmpeg>=0.6,<1", "wandb>=0.25,<1",
+# ]
+# ///
+"""Dyna with a transformer world model on Craftax-Classic pixels (the paper's best agent, M5).
+Papers: [TWM] "Improving Transformer World Models for Data-Efficient RL" arXiv:2502.01591, [PPO] arXiv:1707.06347,
+[GAE] arXiv:1506.02438, [RoPE] arXiv:2104.09864. Details, deviations, results: docs/twm_dyna_craftax.md
+
+    python twm_dyna_craftax.py --total-steps 1000000        # the paper's setting, 1M environment steps
+    python twm_dyna_craftax.py --preset cpu                 # the same algorithm at a size two cores finish
+    python twm_dyna_craftax.py --preset smoke               # a minute or two: learns nothing, touches everything
+    python twm_dyna_craftax.py --resume runs/RUN_FOLDER     # goes on where that run stopped
+    python twm_dyna_craftax.py --eval-only runs/RUN_FOLDER  # scores that run's policy: eval.json and a video
+
+Every iteration ([TWM] Algorithm 1): 1 collect real steps, 2 PPO on them, 3 grow the tokenizer and train the world
+model on the replay, 4 after a warmup, PPO on rollouts imagined by the world model.
+Axes: B environments or sequences, T steps, H W C pixels, D hidden size, A actions; L = 81 cells (patches) of a frame,
+S tokens (82 a step: the cells, then the action), K codes, V codes that the output layer computes (live <= V <= K).
+"""
+
+import argparse
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import imageio.v3 as imageio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from flax import struct
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# --- Settings ---
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- shared block: common flags ---
+    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
+    resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
+    eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
+    dry_run: bool = False  # print settings, parameter counts, the plan and its estimated cost, then stop
+    track: bool = False  # log to Weights & Biases as well
+    wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
+    wandb_project: str = "one-file-papers"  # Weights & Biases project
+    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    distributed: bool = False  # join the other processes of a multi-process job first
+    # --- end shared block: common flags ---
+
+    # --- shared block: policy flags ---
+    total_steps: int = 1_000_000  # environment steps over the whole run, all environments together
+    num_envs: int = 48  # environments stepped in parallel (B)
+    num_steps: int = 96  # environment steps per rollout and environment (T)
+    encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
+    encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7, then each 3x3 convolution
+    gru_size: int = 256  # units of the GRU
+    tower_size: int = 2048  # width of the actor's and of the critic's tower
+    learning_rate: float = 4.5e-4  # Adam step size of the policy, constant
+    max_grad_norm: float = 0.5  # every gradient is clipped to this global norm
+    gamma: float = 0.925  # discount
+    gae_lambda: float = 0.625  # lambda of GAE
+    clip_coef: float = 0.2  # PPO clip range of the probability ratio
+    value_coef: float = 2.0  # weight of the squared error of normalised values
+    entropy_coef: float = 0.01  # weight of the entropy bonus
+    update_epochs: int = 4  # passes over a real rollout
+    num_minibatches: int = 8  # per epoch; must divide num_envs, because sequences stay whole
+    value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
+    save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
+    media_every: int = 20  # iterations between videos and pictures (0: none)
+    eval_episodes: int = 48  # episodes of the final evaluation, stochastic and greedy each (0: none)
+    # --- end shared block: policy flags ---
+
+    codebook_size: int = 4096  # largest number of codes (K)
+    code_distance: float = 0.75  # a patch farther than this squared distance from every code becomes one (tau)
+    context: int = 20  # steps that the world model sees (T_WM), 82 tokens each
+    wm_layers: int = 3  # transformer layers
+    wm_heads: int = 8  # attention heads
+    wm_size: int = 128  # width of the residual stream (d)
+    wm_dropout: float = 0.1  # on embeddings, attention weights and residual branches, in training only
+    wm_learning_rate: float = 1e-3  # Adam step size of the world model, constant
+    wm_batch_size: int = 16  # sequences of context + 1 frames per gradient step
+    wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
+    replay_size: int = 128_000  # transitions kept, first in first out, all environments together
+    warmup_steps: int = 200_000  # environment steps before the policy learns from imagined rollouts (T_BP)
+    imagination_updates: int = 150  # imagined rollouts, one policy update each, per iteration (0: never imagine)
+    imagination_envs: int = 48  # rollouts imagined at once
+    imagination_steps: int = 20  # length of an imagined rollout, at most context
+    burn_in: int = 5  # real frames that warm up the GRU before an imagined rollout
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_steps // (self.num_envs * self.num_steps)
+
+
+# fmt: off
+PRESETS = {
+    "paper": Args(),
+    "cpu": Args(
+        preset="cpu", total_steps=100_000, encoder="cells", encoder_channels=(48, 48), tower_size=512, update_epochs=3,
+        codebook_size=1024, context=8, wm_layers=2, wm_heads=4, wm_size=96, wm_updates=120, warmup_steps=20_000,
+        imagination_updates=24, imagination_steps=8, save_every=5, media_every=10,
+    ),
+    "smoke": Args(
+        preset="smoke", total_steps=96, num_envs=4, num_steps=6, encoder="cells", encoder_channels=(16, 16),
+        gru_size=32, tower_size=32, update_epochs=1, num_minibatches=2, codebook_size=256, context=4, wm_layers=1,
+        wm_heads=2, wm_size=32, wm_batch_size=4, wm_updates=2, replay_size=64, warmup_steps=48,
+        imagination_updates=2, imagination_envs=4, imagination_steps=4, burn_in=2, save_every=1, media_every=2,
+        eval_episodes=4,
+    ),
+}
+# fmt: on
+
+
+# --- shared block: command line ---
+class UserError(Exception):
+    """Something the user can put right: main() prints it as one sentence and exits with code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults are the settings of the run that --resume or --eval-only names, else of --preset; flags given beside
+    them win. So --help shows the values of the preset named beside it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (["--preset"], ["--resume"], ["--eval-only", "--eval_only"]):
+        first.add_argument(*flags, default="")
+    known = first.parse_known_args(argv)[0]
+    require(not (known.resume and known.eval_only), "--resume and --eval-only exclude each other: give one of them.")
+    if not (folder := known.resume or known.eval_only):
+        name = known.preset or "paper"
+        require(name in PRESETS, f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
+        return tyro.cli(Args, args=argv, default=PRESETS[name], description=__doc__)
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False, "track": False})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--{'resume' if known.resume else 'eval-only'} {folder}: its args.json cannot be used "
+            f"({type(error).__name__}: {error}); name a run folder that {Path(__file__).name} wrote."
+        ) from error
+    return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+# --- end shared block: command line ---
+
+
+# --- shared block: policy checks ---
+def check_policy_args(args: Args) -> None:
+    """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
+    zero_allowed = {"seed", "media_every", "eval_episodes", "warmup_steps", "imagination_updates", "burn_in"}
+    for name, value in dataclasses.asdict(args).items():
+        flag, numbers = "--" + name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
+        if numbers and type(numbers[0]) in (int, float):
+            low = 0 if type(numbers[0]) is float or name in zero_allowed else 1
+            good = all(math.isfinite(number) and number >= low for number in numbers)
+            require(good, f"{flag} {value} is out of range: give a number of at least {low}.")
+    require(len(args.encoder_channels) > 0, "--encoder-channels is empty: give at least one, for example 64 64 128.")
+    for name in ("gamma", "gae_lambda", "value_norm_decay"):
+        value = getattr(args, name)
+        require(value <= 1, f"--{name.replace('_', '-')} {value} is out of range: give a number from 0 to 1.")
+    require(
+        args.num_envs % args.num_minibatches == 0,
+        f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs}: minibatches are made of "
+        f"whole environments. Try --num-minibatches {math.gcd(args.num_envs, args.num_minibatches)}.",
+    )
+    rollout = args.num_envs * args.num_steps
+    require(
+        args.total_steps >= rollout,
+        f"--total-steps {args.total_steps} is less than one rollout of {args.num_envs} x {args.num_steps} (--num-envs "
+        f"x --num-steps): give at least {rollout}.",
+    )
+
+
+def check_devices(**sizes: int) -> None:
+    """Batches are split evenly over all devices. Raises UserError."""
+    for what, size in sizes.items():
+        require(
+            size % jax.device_count() == 0,
+            f"{what} {size} cannot be split evenly over {jax.device_count()} devices: make it a multiple, or hide "
+            "devices (CUDA_VISIBLE_DEVICES).",
+        )
+
+
+# --- end shared block: policy checks ---
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
+    check_policy_args(args)
+    require(args.wm_dropout < 1, f"--wm-dropout {args.wm_dropout} drops everything: give a number below 1.")
+    require(
+        args.wm_size % (2 * args.wm_heads) == 0,
+        f"--wm-size {args.wm_size} does not split into --wm-heads {args.wm_heads} heads of even size, which rotary "
+        f"positions need: give a multiple of {2 * args.wm_heads}.",
+    )
+    require(
+        args.imagination_steps <= args.context,
+        f"--imagination-steps {args.imagination_steps} does not fit into --context {args.context}, beyond which the "
+        f"world model sees nothing. Try --imagination-steps {args.context}.",
+    )
+    window = max(args.context, args.burn_in) + 1
+    require(
+        args.num_steps >= window,
+        f"--num-steps {args.num_steps} is shorter than the {window} frames that --context {args.context} and --burn-in "
+        f"{args.burn_in} need: the first rollout would hold no sequence. Try --num-steps {window}.",
+    )
+    rollout = args.num_envs * args.num_steps
+    require(
+        args.replay_size >= rollout,
+        f"--replay-size {args.replay_size} cannot hold one rollout: give at least {rollout}.",
+    )
+    require(
+        args.codebook_size <= 65_536,
+        f"--codebook-size {args.codebook_size} is out of range: tokens have 16 bits, give at most 65536.",
+    )
+
+
+# --- shared block: devices ---
+@functools.cache
+def data_mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def on_devices(axis: int | None) -> NamedSharding:
+    """Placement of an array: its batch `axis` split over all devices, or (None) a copy on each."""
+    return NamedSharding(data_mesh(), PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data"))
+
+
+def split_batch(tree: Any, axis: int) -> Any:
+    """Inside jit: compute every leaf of `tree` split over all devices along `axis`."""
+    return jax.lax.with_sharding_constraint(tree, on_devices(axis)) if jax.device_count() > 1 else tree
+
+
+# --- end shared block: devices ---
+
+
+# --- Environment ---
+# --- shared block: environment ---
+ACHIEVEMENTS = (  # ids 0 to 21 of Craftax-Classic
+    "collect_wood place_table eat_cow collect_sapling collect_drink make_wood_pickaxe make_wood_sword place_plant "
+    "defeat_zombie collect_stone place_stone eat_plant defeat_skeleton make_stone_pickaxe make_stone_sword wake_up "
+    "place_furnace collect_coal collect_iron collect_diamond make_iron_pickaxe make_iron_sword"
+).split()
+NUM_ACTIONS = 17
+GRID, CELL = 9, 7  # a frame is 9 x 9 cells of 7 x 7 pixels; the inventory is the last two rows of cells
+
+
+@functools.cache
+def craftax_classic():
+    """Craftax-Classic-Pixels-v1 without auto-reset. Imported late: Craftax puts arrays on a device when imported."""
+    with jax.ensure_compile_time_eval():  # also when the first call comes from inside jit
+        from craftax.craftax_classic.envs.craftax_pixels_env import CraftaxClassicPixelsEnvNoAutoReset
+
+        return CraftaxClassicPixelsEnvNoAutoReset()
+
+
+def strong(tree: Any) -> Any:
+    """Without weak types, so that states from reset and from step share one compiled program."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), tree)
+
+
+def render(state: Any) -> Array:
+    """UInt8[B, 63, 63, 3]. DEVIATION(uint8): frames are rounded to 1/255 at once, so that policy, tokenizer and replay
+    see the same ones; exact by day, at night within 1/510 of the renderer's floats.
+    """
+    return jnp.round(jax.vmap(craftax_classic().get_obs)(state) * 255).astype(jnp.uint8)
+
+
+@jax.jit
+def env_reset(keys: Array) -> tuple[Any, Array]:
+    """keys UInt32[B, 2] -> states of fresh worlds, their first frames UInt8[B, 63, 63, 3]."""
+    env = craftax_classic()
+    state = strong(jax.vmap(lambda key: env.reset_env(key, env.default_params)[1])(keys))
+    return state, render(state)
+
+
+def env_step(state: Any, actions: Array, keys: Array) -> tuple[Any, Array, Array, Array, Array]:
+    """One step of B environments with same-step auto-reset, equal to the stock one transition by transition: when an
+    episode ends, the frame is the first of a fresh world, reward and done are those of the finished step. Making a
+    world costs as much as seven steps, so only environments that are done get one, each its own.
+    actions Int[B], keys UInt32[B, 2] -> state, frames UInt8[B, 63, 63, 3], rewards Float[B], dones Bool[B],
+    achievements Bool[B, 22], read before the reset.
+    """
+
+    def step_local(state, actions, keys):  # the environments of one device
+        env = craftax_classic()
+        key_step, key_reset = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        step = jax.vmap(env.step_env, in_axes=(0, 0, 0, None))  # its own frame goes unused, so XLA never renders it
+        _, state, rewards, dones, _ = step(key_step, state, actions, env.default_params)
+        achievements = state.achievements
+
+        def reset_one(carry):
+            state, waiting = carry
+            i = jnp.argmax(waiting)
+            fresh = env.reset_env(key_reset[i], env.default_params)[1]
+            return jax.tree.map(lambda leaf, new: leaf.at[i].set(new), state, fresh), waiting.at[i].set(False)
+
+        state, _ = jax.lax.while_loop(lambda carry: carry[1].any(), reset_one, (strong(state), dones))
+        return state, render(state), rewards.astype(jnp.float32), dones, achievements.astype(bool)
+
+    if jax.device_count() > 1:
+        spec = PartitionSpec("data")
+        step_local = jax.shard_map(step_local, mesh=data_mesh(), in_specs=spec, out_specs=spec, check_vma=False)
+    return step_local(state, actions, keys)
+
+
+# --- end shared block: environment ---
+
+
+# --- Policy network ---
+# --- shared block: policy network ---
+def to_cells(frames: Array) -> Array:
+    """[N, 63, 63, 3] -> [N, 81, 147], cells in row-major order."""
+    grid = frames.reshape(-1, GRID, CELL, GRID, CELL, 3).swapaxes(2, 3)
+    return grid.reshape(-1, GRID * GRID, CELL * CELL * 3)
+
+
+class ImpalaEncoder(nn.Module):
+    """[TWM] residual CNN: each stage is norm, conv, pool (63 -> 32 -> 16 -> 8) and two residual blocks of one conv.
+    Float[N, 63, 63, 3] -> Float[N, 8 * 8 * channels[-1]].
+    """
+
+    channels: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=self.dtype)
+        init = nn.initializers.xavier_normal()
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=init, dtype=self.dtype)
+        for features in self.channels:
+            x = nn.max_pool(conv(features)(norm()(x)), (3, 3), strides=(2, 2), padding="SAME")
+            for _ in range(2):
+                x = x + conv(features)(norm()(nn.relu(x)))
+        return nn.relu(x).reshape(len(x), -1)
+
+
+class CellEncoder(nn.Module):
+    """DEVIATION(cells): a CNN that knows the map grid, since two cores cannot pay for 3x3 convolutions on 63x63
+    pixels. A 7x7 convolution of stride 7 reads each cell, then 3x3 convolutions mix neighbours, as nine shifted slices
+    and a product: XLA's CPU backend is several times faster at the gradient of that than at a convolution's.
+    Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
+    """
+
+    channels: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_normal())
+        x = nn.relu(dense(self.channels[0])(to_cells(x))).reshape(len(x), GRID, GRID, -1)
+        for features in self.channels[1:]:
+            padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            shifted = [padded[:, i : i + GRID, j : j + GRID] for i in range(3) for j in range(3)]
+            x = nn.relu(dense(features)(jnp.concatenate(shifted, axis=-1)))
+        return x.reshape(len(x), -1)
+
+
+class GRU(nn.Module):
+    """GRU over a sequence; its state is zeroed before each frame that starts an episode. The input side, which has
+    the bias, is one product over the whole sequence.
+    inputs Float[T, B, F], resets Bool[T, B], hidden Float[B, D] -> outputs Float[T, B, D], hidden.
+    """
+
+    size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: Array, resets: Array, hidden: Array) -> tuple[Array, Array]:
+        def orthogonal_gates(key, shape):
+            orthogonal = nn.initializers.orthogonal()
+            return jnp.concatenate([orthogonal(k, (shape[0], shape[0])) for k in jax.random.split(key, 3)], axis=1)
+
+        projected = nn.Dense(3 * self.size, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal())(inputs)
+        recurrent = self.param("recurrent", orthogonal_gates, (self.size, 3 * self.size)).astype(self.dtype)
+
+        def cell(hidden, step):
+            x, reset = step
+            hidden = jnp.where(reset[:, None], 0.0, hidden)  # Float[B, D]
+            x_reset, x_update, x_new = jnp.split(x.astype(jnp.float32), 3, axis=-1)
+            h_reset, h_update, h_new = jnp.split((hidden.astype(self.dtype) @ recurrent).astype(jnp.float32), 3, -1)
+            update = nn.sigmoid(x_update + h_update)
+            new = jnp.tanh(x_new + nn.sigmoid(x_reset + h_reset) * h_new)
+            hidden = (1 - update) * new + update * hidden
+            return hidden, hidden
+
+        hidden, outputs = jax.lax.scan(cell, hidden, (projected, resets))
+        return outputs, hidden
+
+
+class Tower(nn.Module):
+    """[TWM] actor or critic: two residual layers at constant width. Float[..., F] -> Float[..., outputs], fp32."""
+
+    size: int
+    outputs: int
+    out_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def dense(features, scale):
+            return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=self.dtype)
+
+        x = nn.relu(dense(self.size, math.sqrt(2))(nn.LayerNorm(dtype=self.dtype)(x)))
+        for _ in range(2):
+            x = x + nn.relu(dense(self.size, 0.01)(x))
+        return dense(self.outputs, self.out_scale)(nn.LayerNorm(dtype=self.dtype)(x)).astype(jnp.float32)
+
+
+class Policy(nn.Module):
+    """Actor and critic over a time-major sequence (one step: T = 1). frames UInt8[T, B, 63, 63, 3], resets Bool[T, B],
+    hidden Float[B, D] -> logits Float[T, B, A], normalised values Float[T, B], hidden Float[B, D].
+    """
+
+    args: Args
+
+    @nn.compact
+    def __call__(self, frames: Array, resets: Array, hidden: Array) -> tuple[Array, Array, Array]:
+        args, dtype = self.args, compute_dtype(self.args)
+        encoder = {"impala": ImpalaEncoder, "cells": CellEncoder}[args.encoder](args.encoder_channels, dtype)
+        pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
+        z = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
+        squeeze = nn.Dense(args.gru_size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)), dtype=dtype)
+        outputs, hidden = GRU(args.gru_size, dtype)(nn.relu(squeeze(nn.LayerNorm(dtype=dtype)(z))), resets, hidden)
+        # [TWM] the towers read the CNN's features beside the GRU's outputs, never the GRU alone.
+        features = jnp.concatenate([z, nn.relu(outputs).astype(dtype)], axis=-1)
+        logits = Tower(args.tower_size, NUM_ACTIONS, 0.01, dtype)(features)
+        return logits, Tower(args.tower_size, 1, 1.0, dtype)(features)[..., 0], hidden
+
+
+def compute_dtype(args: Args) -> Any:
+    return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[args.dtype]
+
+
+# --- end shared block: policy network ---
+
+
+# --- PPO ---
+# --- shared block: gae ---
+def compute_gae(
+    rewards: Array, values: Array, last_value: Array, dones: Array, gamma: float, gae_lambda: float
+) -> tuple[Array, Array]:
+    """Advantages and value targets, [GAE] Sec. 3. Inputs Float[T, B], time-major; last_value Float[B].
+    dones[t]: the episode ended with the action taken at t, so nothing after t counts for it.
+    """
+    next_values = jnp.concatenate([values[1:], last_value[None]])  # Float[T, B]
+    alive = 1.0 - dones  # Float[T, B]
+    deltas = rewards + gamma * next_values * alive - values  # Float[T, B]
+
+    def backward(advantage, inputs):
+        delta, alive_t = inputs
+        # `alive_t` cuts the carry itself: masking only the output would leak the next episode into t-1.
+        advantage = delta + gamma * gae_lambda * alive_t * advantage  # Float[B]
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(backward, jnp.zeros_like(last_value), (deltas, alive), reverse=True)
+    return advantages, advantages + values
+
+
+# --- end shared block: gae ---
+
+
+# --- shared block: ppo ---
+@struct.dataclass
+class ValueNorm:
+    """Running mean and deviation of value targets: decayed sums from 0, corrected by the decayed weight."""
+
+    mean_sum: Array
+    std_sum: Array
+    weight: Array
+
+    def update(self, targets: Array, decay: float) -> "ValueNorm":
+        new = ValueNorm(targets.mean(), targets.std(), 1.0)
+        return jax.tree.map(lambda old, value: decay * old + (1 - decay) * value, self, new)
+
+    def statistics(self) -> tuple[Array, Array]:
+        """Mean and standard deviation, with floors that hold them near 0 and at 0.1 before the first updates."""
+        mean = self.mean_sum / jnp.maximum(self.weight, 0.01)
+        return mean, jnp.maximum(self.std_sum / jnp.maximum(self.weight, 0.1), 0.1)
+
+
+@struct.dataclass
+class PolicyState:
+    params: Any
+    opt_state: Any
+    value_norm: ValueNorm
+
+
+@struct.dataclass
+class Rollout:
+    """T steps of B environments, real or imagined. Axis 1 of every leaf is B."""
+
+    frames: Array  # UInt8[T, B, 63, 63, 3]
+    resets: Array  # Bool[T, B]: frame t is the first of its episode, which is dones[t-1]
+    actions: Array  # Int[T, B]
+    logprobs: Array  # Float[T, B]
+    values: Array  # Float[T, B], normalised
+    rewards: Array  # Float[T, B]
+    dones: Array  # Bool[T, B]: the episode ended with action t
+    hidden: Array  # Float[1, B, D]: GRU state before the first frame
+    last_value: Array  # Float[1, B]: normalised value of the frame after the last step
+
+
+def adam(args: Args, learning_rate: float) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_policy(args: Args, key: Array) -> PolicyState:
+    frames = jnp.zeros((1, 1, GRID * CELL, GRID * CELL, 3), jnp.uint8)
+    params = Policy(args).init(key, frames, jnp.zeros((1, 1), bool), jnp.zeros((1, args.gru_size)))["params"]
+    return PolicyState(params, adam(args, args.learning_rate).init(params), ValueNorm(*jnp.zeros(3)))
+
+
+def act(args: Args, params: Any, frame: Array, reset: Array, hidden: Array, key: Array, greedy: Array) -> tuple:
+    """One step of B policies: actions Int[B] (the likeliest ones if greedy), logprobs, normalised values, hidden."""
+    logits, values, hidden = Policy(args).apply({"params": params}, frame[None], reset[None], hidden)
+    actions = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(key, logits[0]))
+    logprobs = jnp.take_along_axis(nn.log_softmax(logits[0]), actions[:, None], axis=-1)[:, 0]
+    return actions, logprobs, values[0], hidden
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advantages_and_targets(args: Args, norm: ValueNorm, rollout: Rollout) -> tuple[Array, Array]:
+    """GAE on denormalised values. Advantages are normalised once, over the whole rollout. Float[T, B] each."""
+    mean, std = norm.statistics()
+    values, last_value = rollout.values * std + mean, rollout.last_value[0] * std + mean
+    dones = rollout.dones.astype(jnp.float32)
+    advantages, targets = compute_gae(rollout.rewards, values, last_value, dones, args.gamma, args.gae_lambda)
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8), targets
+
+
+def ppo_loss(params: Any, args: Args, norm: ValueNorm, rollout: Rollout, advantages: Array, targets: Array) -> tuple:
+    """[PPO] Eq. (9) with a squared error on normalised values, differentiated through the whole sequence."""
+    logits, values, _ = Policy(args).apply({"params": params}, rollout.frames, rollout.resets, rollout.hidden[0])
+    log_probs = nn.log_softmax(logits)  # Float[T, B, A]
+    log_ratio = jnp.take_along_axis(log_probs, rollout.actions[..., None], axis=-1)[..., 0] - rollout.logprobs
+    ratio = jnp.exp(log_ratio)  # Float[T, B]
+    clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -jnp.minimum(ratio * advantages, clipped * advantages).mean()
+    mean, std = norm.statistics()
+    value_loss = jnp.square(values - (targets - mean) / std).mean()
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean()
+    loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
+    logs = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    logs["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    logs["clip_fraction"] = (jnp.abs(ratio - 1) > args.clip_coef).mean()
+    return loss, logs
+
+
+def ppo_step(
+    args: Args, policy: PolicyState, rollout: Rollout, advantages: Array, targets: Array
+) -> tuple[PolicyState, dict]:
+    """One gradient step; the target statistics move first, on the same minibatch."""
+    norm = policy.value_norm.update(targets, args.value_norm_decay)
+    grads, logs = jax.grad(ppo_loss, has_aux=True)(policy.params, args, norm, rollout, advantages, targets)
+    updates, opt_state = adam(args, args.learning_rate).update(grads, policy.opt_state)
+    logs["grad_norm"] = optax.global_norm(grads)
+    return PolicyState(optax.apply_updates(policy.params, updates), opt_state, norm), logs
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def ppo_minibatch_step(
+    args: Args, policy: PolicyState, rollout: Rollout, advantages: Array, targets: Array, index: int
+) -> tuple[PolicyState, dict]:
+    """ppo_step on the index-th group of whole environments."""
+    size = args.num_envs // args.num_minibatches
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size, axis=1)
+    return ppo_step(args, policy, *split_batch(jax.tree.map(take, (rollout, advantages, targets)), axis=1))
+
+
+def ppo_update(args: Args, policy: PolicyState, rollout: Rollout) -> tuple[PolicyState, dict[str, float]]:
+    """Epochs over a real rollout in minibatches of whole environments, in fixed order. A Python loop, because XLA's CPU
+    backend runs the gradient of a convolution many times slower inside lax.scan.
+    """
+    advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
+    logs = []
+    for _ in range(args.update_epochs):
+        for index in range(args.num_minibatches):
+            policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
+            logs.append(log)
+    return policy, mean_of(logs)
+
+
+def mean_of(logs: list[dict]) -> dict[str, float]:
+    """Means over gradient steps. The host waits for the device here, not at every step."""
+    logs = jax.device_get(logs)
+    return {name: float(np.mean([log[name] for log in logs])) for name in (logs[0] if logs else ())}
+
+
+# --- end shared block: ppo ---
+
+
+# --- Collecting ---
+# --- shared block: collect ---
+@struct.dataclass
+class EnvCarry:
+    """What B environments hand from one rollout to the next. Axis 0 of every leaf is B."""
+
+    state: Any  # Craftax's EnvState
+    frame: Array  # UInt8[B, 63, 63, 3]
+    reset: Array  # Bool[B]: frame is the first of its episode
+    hidden: Array  # Float[B, D]: GRU state before frame
+    episode_return: Array  # Float[B], so far
+
+
+def init_env(args: Args, key: Array) -> EnvCarry:
+    state, frame = env_reset(jax.device_put(jax.random.split(key, args.num_envs), on_devices(0)))
+    hidden = jnp.zeros((args.num_envs, args.gru_size))
+    carry = EnvCarry(state, frame, jnp.ones(args.num_envs, bool), hidden, jnp.zeros(args.num_envs))
+    return jax.device_put(carry, on_devices(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def collect(
+    args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool = False
+) -> tuple[EnvCarry, Rollout, Array]:
+    """num_steps steps of every environment with one policy. Besides the rollout it returns, for each step that ended
+    an episode, its record (1, return, length, 22 achievements), and zeros for the others: Float[T, B, 25].
+    """
+    key, key_last = jax.random.split(key)
+
+    def step(carry, key):
+        key_act, key_env = jax.random.split(key)
+        actions, logprobs, values, hidden = act(args, params, carry.frame, carry.reset, carry.hidden, key_act, greedy)
+        length = carry.state.timestep + 1
+        keys = jax.random.split(key_env, args.num_envs)
+        state, frame, rewards, dones, achievements = env_step(carry.state, actions, keys)
+        returns = carry.episode_return + rewards
+        record = jnp.column_stack([jnp.ones_like(returns), returns, length, achievements]) * dones[:, None]
+        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones)
+        return EnvCarry(state, frame, dones, hidden, jnp.where(dones, 0.0, returns)), (outputs, record)
+
+    after, (outputs, records) = jax.lax.scan(step, carry, jax.random.split(key, args.num_steps))
+    last_value = act(args, params, after.frame, after.reset, after.hidden, key_last, greedy)[2]
+    return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
+
+
+def init_episode_sums(args: Args) -> Array:
+    """Sums of episode records: row 0 over the whole run, then one row for each of the latest iterations, newest last,
+    reaching back about 100,000 environment steps. Float[1 + W, 25].
+    """
+    return jnp.zeros((1 + max(1, round(100_000 / (args.num_envs * args.num_steps))), 25))
+
+
+def add_episodes(sums: Array, records: Array) -> Array:
+    new = records.sum((0, 1))[None]  # Float[1, 25]
+    return jnp.concatenate([sums[:1] + new, sums[2:], new])
+
+
+def episode_charts(sums: Array) -> dict[str, float]:
+    """Logged values of init_episode_sums' rows; an average over no episodes is left out."""
+    total, window, newest = np.asarray(sums[0]), np.asarray(sums[1:].sum(0)), np.asarray(sums[-1])
+    charts = {"charts/episodes": float(total[0])}
+    if newest[0]:
+        charts["charts/episodic_return"] = float(newest[1] / newest[0])
+        charts["charts/episodic_length"] = float(newest[2] / newest[0])
+    if window[0]:
+        rates = window[3:] / window[0]
+        charts["charts/reward_percent"] = float(100 / len(ACHIEVEMENTS) * window[1] / window[0])
+        charts["charts/score_percent"] = score_percent(total[3:] / total[0])
+        charts["charts/score_percent_window"] = score_percent(rates)
+        charts |= {f"achievements/{name}": float(rate) for name, rate in zip(ACHIEVEMENTS, rates, strict=True)}
+    return charts
+
+
+def score_percent(rates: np.ndarray) -> float:
+    """Crafter score: shifted geometric mean of the achievement rates Float[22] in [0, 1], in percent."""
+    return float(np.expm1(np.mean(np.log1p(100 * np.asarray(rates)))))
+
+
+# --- end shared block: collect ---
+
+
+# --- Tokenizer ---
+@struct.dataclass
+class Codebook:
+    """[TWM] nearest-neighbour tokenizer: patches met so far, in the order of their insertion, never changed."""
+
+    codes: Array  # UInt8[K, 147]
+    size: Array  # Int[]: rows in use
+
+
+SEARCH = 256  # codes compared at once; only chunks that hold codes in use are compared
+
+
+def nearest_code(codebook: Codebook, patches: Array) -> tuple[Array, Array]:
+    """Nearest code in use (the first of equals) of Float[N, 147] patches: its squared distance, and its index Int[N].
+    Pixels are whole numbers 0..255, so |e|^2 - 2 p e is exact in fp32 and the result does not depend on the order of
+    summation; products of two such numbers are exact even from bf16 inputs, which is what GPUs get.
+    """
+    inputs = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    chunk = min(SEARCH, len(codebook.codes))
+
+    def search(i, best):
+        start = jnp.minimum(i * chunk, len(codebook.codes) - chunk)
+        codes = jax.lax.dynamic_slice_in_dim(codebook.codes, start, chunk).astype(jnp.float32)
+        product = jnp.matmul(
+            patches.astype(inputs), codes.T.astype(inputs), preferred_element_type=jnp.float32
+        )  # Float[N, chunk]
+        index = start + jnp.arange(chunk)
+        distance = jnp.where(index < codebook.size, jnp.square(codes).sum(-1) - 2 * product, jnp.inf)
+        here = distance.argmin(-1)
+        distance = distance.min(-1)
+        closer = distance < best[0]
+        return jnp.where(closer, distance, best[0]), jnp.where(closer, start + here, best[1])
+
+    start = jnp.full(len(patches), jnp.inf), jnp.zeros(len(patches), jnp.int32)
+    distance, index = jax.lax.fori_loop(0, -(-codebook.size // chunk), search, start)
+    return distance + jnp.square(patches).sum(-1), index
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def grow_codebook(args: Args, codebook: Codebook, frames: Array) -> tuple[Codebook, Array]:
+    """Offer all patches of UInt8[T, B, 63, 63, 3] frames in order (step, environment, row, column): one farther than tau
+    from every code, those just added included, becomes a code while there is room. Returns the codebook and the tokens
+    UInt16[T, B, 81]. A product with all codes per step, then one pass over the step's patches per code added, equals
+    the sequential rule: no patch before the first far one can become a code.
+    """
+    limit = args.code_distance * 255**2
+
+    def one_step(codebook, frames):
+        patches = to_cells(frames).reshape(-1, CELL * CELL * 3).astype(jnp.float32)  # Float[B * 81, 147]
+
+        def add_first_far(carry):
+            codebook, distance, index = carry
+            patch = patches[jnp.argmax(distance > limit)]
+            codes = codebook.codes.at[codebook.size].set(patch.astype(jnp.uint8))
+            new_distance = jnp.square(patches - patch).sum(-1)
+            closer = new_distance < distance
+            index = jnp.where(closer, codebook.size, index)
+            return Codebook(codes, codebook.size + 1), jnp.where(closer, new_distance, distance), index
+
+        def room_and_far(carry):
+            return (carry[0].size < args.codebook_size) & (carry[1] > limit).any()
+
+        carry = codebook, *nearest_code(codebook, patches)
+        codebook, _, index = jax.lax.while_loop(room_and_far, add_first_far, carry)
+        return codebook, index.reshape(len(frames), -1).astype(jnp.uint16)
+
+    return jax.lax.scan(one_step, codebook, frames)
+
+
+def decode(codebook: Codebook, tokens: Array) -> Array:
+    """Int[N, 81] tokens -> UInt8[N, 63, 63, 3] frames."""
+    grid = codebook.codes[tokens].reshape(-1, GRID, GRID, CELL, CELL, 3).swapaxes(2, 3)
+    return grid.reshape(-1, GRID * CELL, GRID * CELL, 3)
+
+
+def live_vocabulary(args: Args, codebook: Codebook) -> int:
+    """V: the power of two that holds all codes in use. Codes beyond them are masked, so V changes cost, not results."""
+    return min(args.codebook_size, max(256, 1 << (int(codebook.size) - 1).bit_length()))
+
+
+# --- World model ---
+BLOCK = GRID * GRID + 1  # tokens of one step: 81 cells, then the action
+
+
+def rope(x: Array, position: Array) -> Array:
+    """[RoPE] rotate Float[B, heads, S, D] by Int[S] positions; dimension i is paired with i + D / 2."""
+    half = x.shape[-1] // 2
+    angle = position[:, None] * 10_000.0 ** (-jnp.arange(half) / half)  # Float[S, D / 2]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
+
+
+def attend(query: Array, key: Array, value: Array, drop: Any, mask: Array | None = None) -> Array:
+    """Softmax attention with fp32 weights, divided by their sum after the product with the values: the division then
+    touches head_size numbers a query rather than one for each key. Float[B, heads, S, D] each; mask Bool[keys].
+    """
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
+    scores = scores if mask is None else jnp.where(mask, scores, -1e30)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bhkd->bhqd", drop(weights).astype(value.dtype), value) / total.astype(value.dtype)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LN transformer layer on Float[B, S, d]."""
+
+    args: Args
+
+    def setup(self):
+        args, dtype = self.args, compute_dtype(self.args)
+        dense = functools.partial(nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02))
+        self.norm1, self.norm2 = (nn.LayerNorm(epsilon=1e-5, dtype=dtype) for _ in range(2))
+        self.qkv, self.out = dense(3 * args.wm_size), dense(args.wm_size)
+        self.up, self.down = dense(4 * args.wm_size), dense(args.wm_size)
+        self.drop = nn.Dropout(args.wm_dropout)
+        self.drop_weights = nn.Dropout(args.wm_dropout, broadcast_dims=(0, 1))  # one mask for batch and heads
+
+    def heads(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
+        """Rotated queries and keys, and values: Float[B, heads, S, D] each."""
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.args.wm_heads, -1)
+        query, key, value = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        return rope(query, position), rope(key, position), value
+
+    def merge(self, x: Array, attended: Array, deterministic: bool) -> Array:
+        """The two residual branches, after attention."""
+        x = x + self.drop(self.out(attended.swapaxes(1, 2).reshape(x.shape)), deterministic)
+        return x + self.drop(self.down(nn.gelu(self.up(self.norm2(x)))), deterministic)
+
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """[TWM] block-causal attention: a token sees all tokens of its own step and of earlier ones. Only what is
+        visible is computed, one step's queries at a time.
+        """
+        query, key, value = self.heads(x, jnp.arange(x.shape[1]))
+        drop = functools.partial(self.drop_weights, deterministic=deterministic)
+        ends = range(BLOCK, x.shape[1] + 1, BLOCK)
+        attended = [attend(query[:, :, e - BLOCK : e], key[:, :, :e], value[:, :, :e], drop) for e in ends]
+        return self.merge(x, jnp.concatenate(attended, axis=2), deterministic)
+
+    def step(self, x: Array, cache: Array, t: Array, length: int) -> tuple[Array, Array]:
+        """The t-th step's tokens alone, Float[B, 82, d], attending to cache Float[2, B, heads, S, D], of which the
+        first `length` steps are read and t < length.
+        """
+        query, key, value = self.heads(x, t * BLOCK + jnp.arange(BLOCK))
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack([key, value]), t * BLOCK, axis=3)
+        seen = cache[:, :, :, : length * BLOCK]
+        mask = jnp.arange(length * BLOCK) < (t + 1) * BLOCK
+        return self.merge(x, attend(query, seen[0], seen[1], lambda weights: weights, mask), True), cache
+
+
+class WorldModel(nn.Module):
+    """[TWM] transformer with block teacher forcing: from step t's cells and action it predicts, in parallel, the 81
+    tokens of frame t+1, and at the action's position the reward class and whether the episode ended.
+    """
+
+    args: Args
+
+    def setup(self):
+        args, dtype = self.args, compute_dtype(self.args)
+        init = nn.initializers.normal(0.02)
+        self.token_table = self.param("token_table", init, (args.codebook_size, args.wm_size))
+        self.action_table = self.param("action_table", init, (NUM_ACTIONS, args.wm_size))
+        self.blocks = [TransformerBlock(args) for _ in range(args.wm_layers)]
+        self.norm = nn.LayerNorm(epsilon=1e-5, dtype=dtype)
+        self.drop = nn.Dropout(args.wm_dropout)
+        self.token_hidden, self.reward_hidden, self.done_hidden = (
+            nn.Dense(args.wm_size, dtype=dtype) for _ in range(3)
+        )
+        shape = (args.wm_size, args.codebook_size)
+        self.token_kernel = self.param("token_kernel", nn.initializers.lecun_normal(), shape)
+        self.token_bias = self.param("token_bias", nn.initializers.zeros, shape[1:])
+        self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
+
+    def embed(self, tokens: Array, actions: Array) -> Array:
+        """Int[B, T, 81], Int[B, T] -> Float[B, T * 82, d]."""
+        x = jnp.concatenate([self.token_table[tokens], self.action_table[actions][:, :, None]], axis=2)
+        return x.reshape(len(x), -1, x.shape[-1]).astype(compute_dtype(self.args))
+
+    def read_out(self, x: Array, vocabulary: int, size: Array) -> tuple[Array, Array, Array]:
+        """Logits, fp32: Float[B, T, 81, V] with codes not in use at -inf, reward Float[B, T, 2], done Float[B, T, 2]."""
+        x = self.norm(x).reshape(len(x), -1, BLOCK, x.shape[-1])
+        cells, action = nn.relu(self.token_hidden(x[:, :, :-1])), x[:, :, -1]
+        logits = cells @ self.token_kernel[:, :vocabulary].astype(x.dtype) + self.token_bias[:vocabulary]
+        logits = jnp.where(jnp.arange(vocabulary) < size, logits.astype(jnp.float32), -1e30)
+        reward, done = (
+            self.reward_out(nn.relu(self.reward_hidden(action))),
+            self.done_out(nn.relu(self.done_hidden(action))),
+        )
+        return logits, reward.astype(jnp.float32), done.astype(jnp.float32)
+
+    def __call__(
+        self, tokens: Array, actions: Array, vocabulary: int, size: Array, deterministic: bool = True
+    ) -> tuple[Array, Array, Array]:
+        """Whole sequences: tokens Int[B, T, 81], actions Int[B, T]; result as of read_out."""
+        x = self.drop(self.embed(tokens, actions), deterministic)
+        for block in self.blocks:
+            x = block(x, deterministic)
+        return self.read_out(x, vocabulary, size)
+
+    def step(
+        self, tokens: Array, actions: Array, vocabulary: int, size: Array, caches: Array, t: Array, length: int
+    ) -> tuple[tuple[Array, Array, Array], Array]:
+        """Step t alone, the earlier ones in caches Float[layers, 2, B, heads, S, D]. tokens Int[B, 81], actions Int[B]
+        -> logits as of read_out with T = 1, caches.
+        """
+        x = self.embed(tokens[:, None], actions[:, None])
+        for i, block in enumerate(self.blocks):
+            x, cache = block.step(x, caches[i], t, length)
+            caches = caches.at[i].set(cache)
+        return self.read_out(x, vocabulary, size), caches
+
+
+def empty_caches(args: Args, batch: int) -> Array:
+    shape = (args.wm_layers, 2, batch, args.wm_heads, args.context * BLOCK, args.wm_size // args.wm_heads)
+    return split_batch(jnp.zeros(shape, compute_dtype(args)), axis=2)
+
+
+@struct.dataclass
+class WorldModelState:
+    params: Any
+    opt_state: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_world_model(args: Args, key: Array) -> WorldModelState:
+    tokens, actions = jnp.zeros((1, 1, BLOCK - 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1)["params"]
+    return WorldModelState(params, adam(args, args.wm_learning_rate).init(params))
+
+
+def reward_class(rewards: Array) -> Array:
+    """1 where an achievement was unlocked; changes of health (0.1 each) are dropped."""
+    return (rewards >= 0.5).astype(jnp.int32)
+
+
+def world_model_loss(
+    params: Any, args: Args, vocabulary: int, size: Array, windows: "Windows", key: Array | None
+) -> tuple[Array, dict]:
+    """[TWM] cross-entropies of next tokens, reward class and termination over windows of T + 1 frames; also across
+    episode ends, whose next frame is the first of a new world. key: of dropout, none without it.
+    """
+    tokens, actions = windows.tokens.astype(jnp.int32), windows.actions
+    rngs = {} if key is None else {"dropout": key}
+    inputs = tokens[:, :-1], actions[:, :-1], vocabulary, size, key is None
+    logits, reward, done = WorldModel(args).apply({"params": params}, *inputs, rngs=rngs)
+    labels = tokens[:, 1:]  # Int[B, T, 81]
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    token_loss = entropy(logits, labels).mean()
+    reward_loss = entropy(reward, reward_class(windows.rewards[:, :-1])).mean()
+    done_loss = entropy(done, windows.dones[:, :-1].astype(jnp.int32)).mean()
+    right, changed = logits.argmax(-1) == labels, labels != tokens[:, :-1]
+    loss = token_loss + reward_loss + done_loss
+    return loss, {
+        "loss": loss,
+        "token_loss": token_loss,
+        "reward_loss": reward_loss,
+        "done_loss": done_loss,
+        "token_accuracy": right.mean(),
+        "changed_token_accuracy": (right & changed).sum() / jnp.maximum(changed.sum(), 1),
+    }
+
+
+# --- Replay ---
+@struct.dataclass
+class Replay:
+    """The latest transitions of every environment, in a ring along axis 0 (N steps)."""
+
+    frames: Array  # UInt8[N, B, 63, 63, 3]
+    tokens: Array  # UInt16[N, B, 81]
+    actions: Array  # UInt8[N, B]
+    rewards: Array  # Float[N, B]
+    dones: Array  # Bool[N, B]
+    head: Array  # Int[]: where the next step goes
+    filled: Array  # Int[]
+
+
+@struct.dataclass
+class Windows:
+    """Sequences drawn from the replay, batch-major: [B, T, ...]. Frames are gathered where they are wanted only."""
+
+    tokens: Array
+    actions: Array
+    rewards: Array
+    dones: Array
+    frames: Array | None = None
+
+
+def init_replay(args: Args) -> Replay:
+    shape = (args.replay_size // args.num_envs, args.num_envs)
+    frames, tokens = (
+        jnp.zeros((*shape, GRID * CELL, GRID * CELL, 3), jnp.uint8),
+        jnp.zeros((*shape, BLOCK - 1), jnp.uint16),
+    )
+    rest = jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool)
+    return Replay(*jax.device_put((frames, tokens, *rest), on_devices(1)), *jnp.zeros(2, jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_to_replay(replay: Replay, rollout: Rollout, tokens: Array) -> Replay:
+    """Append T steps of every environment over the oldest ones."""
+    capacity, steps = len(replay.actions), len(tokens)
+    rows = (replay.head + jnp.arange(steps)) % capacity
+    new = (rollout.frames, tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones)
+    old = (replay.frames, replay.tokens, replay.actions, replay.rewards, replay.dones)
+    arrays = [ring.at[rows].set(values) for ring, values in zip(old, new, strict=True)]
+    return Replay(*arrays, (replay.head + steps) % capacity, jnp.minimum(replay.filled + steps, capacity))
+
+
+def sample_windows(replay: Replay, key: Array, batch: int, length: int, frames: bool) -> Windows:
+    """`batch` windows of `length` steps, uniform over environments and start times, none across the write head."""
+    key_env, key_start = jax.random.split(key)
+    env = jax.random.randint(key_env, (batch, 1), 0, replay.actions.shape[1])
+    start = jax.random.randint(key_start, (batch, 1), 0, replay.filled - length + 1)  # steps after the oldest one
+    rows = (replay.head - replay.filled + start + jnp.arange(length)) % len(replay.actions)
+    arrays = (replay.tokens, replay.actions, replay.rewards, replay.dones) + ((replay.frames,) if frames else ())
+    return split_batch(Windows(*[array[rows, env] for array in arrays]), axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def world_model_step(
+    args: Args, vocabulary: int, model: WorldModelState, size: Array, replay: Replay, key: Array
+) -> tuple[WorldModelState, dict]:
+    """One gradient step on fresh windows of the replay."""
+    key_windows, key_dropout = jax.random.split(key)
+    windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, frames=False)
+    grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocabulary, size, windows, key_dropout)
+    updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
+    logs["grad_norm"] = optax.global_norm(grads)
+    return WorldModelState(optax.apply_updates(model.params, updates), opt_state), logs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def heldout_logs(args: Args, vocabulary: int, params: Any, size: Array, rollout: Rollout, tokens: Array) -> dict:
+    """Losses and accuracies, without dropout, on the newest steps of a rollout that was never trained on."""
+    arrays = (tokens, rollout.actions, rollout.rewards, rollout.dones)
+    windows = Windows(*[array[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1) for array in arrays])
+    return world_model_loss(params, args, vocabulary, size, windows, None)[1]
+
+
+# --- Imagination ---
+def imagine(
+    args: Args, vocabulary: int, policy: PolicyState, wm_params: Any, codebook: Codebook, windows: Windows, key: Array
+) -> Rollout:
+    """[TWM] rollouts of the policy inside the world model. The GRU is warmed up on the windows' first frames, the world
+    model starts from the last frame alone. A predicted end resets the GRU; the next sampled frame then counts as
+    the first of an episode. Windows of burn_in + 1 steps -> Rollout of imagination_steps.
+    """
+    batch = len(windows.actions)
+    frames = windows.frames.swapaxes(0, 1)
+    resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])  # frame t starts one if t-1 ended it
+    hidden = jnp.zeros((batch, args.gru_size))
+    if args.burn_in:
+        _, _, hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)
+
+    def step(carry, inputs, length):
+        frame, reset, hidden, tokens, caches = carry
+        t, key = inputs
+        key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
+        actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
+        (logits, reward, done), caches = WorldModel(args).apply(
+            {"params": wm_params}, tokens, actions, vocabulary, codebook.size, caches, t, length, method="step"
+        )
+        tokens = jax.random.categorical(key_token, logits[:, 0])  # Int[B, 81]
+        rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
+        dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
+        outputs = (frame, reset, actions, logprobs, values, rewards, dones)
+        return (decode(codebook, tokens), dones, next_hidden, tokens, caches), outputs
+
+    key, key_last = jax.random.split(key)
+    keys = jax.random.split(key, args.imagination_steps)
+    carry = (frames[-1], resets[-1], hidden, windows.tokens[:, -1].astype(jnp.int32), empty_caches(args, batch))
+    pieces, quarter = [], -(-args.imagination_steps // 4)
+    for start in range(0, args.imagination_steps, quarter):  # the cache is read no farther than its filled quarters
+        end = min(start + quarter, args.imagination_steps)
+        inputs = jnp.arange(start, end), keys[start:end]
+        carry, outputs = jax.lax.scan(functools.partial(step, length=end), carry, inputs)
+        pieces.append(outputs)
+    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    last_value = act(args, policy.params, *carry[:3], key_last, False)[2]
+    return Rollout(*outputs, hidden[None], last_value[None])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def imagination_step(
+    args: Args, vocabulary: int, policy: PolicyState, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
+) -> tuple[PolicyState, dict]:
+    """One imagined rollout from random places of the replay and one PPO step on all of it: on-policy, ratio 1."""
+    key_windows, key_rollout = jax.random.split(key)
+    windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, frames=True)
+    rollout = imagine(args, vocabulary, policy, wm_params, codebook, windows, key_rollout)
+    advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
+    policy, logs = ppo_step(args, policy, rollout, advantages, targets)
+    return policy, {**logs, "reward_per_step": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def replay_actions(
+    args: Args, vocabulary: int, given: int, wm_params: Any, size: Array, windows: Windows, key: Array
+) -> Array:
+    """The world model's own frames under the windows' actions: it sees the first `given` true frames, then its samples.
+    Windows of at most context + 1 steps -> tokens Int[B, T, 81], the first `given` of them true.
+    """
+    true, steps = windows.tokens.astype(jnp.int32), windows.actions.shape[1] - 1
+
+    def step(carry, inputs):
+        tokens, caches = carry
+        t, key = inputs
+        (logits, _, _), caches = WorldModel(args).apply(
+            {"params": wm_params}, tokens, windows.actions[:, t], vocabulary, size, caches, t, steps, method="step"
+        )
+        sampled = jax.random.categorical(key, logits[:, 0])
+        tokens = jnp.where(t + 1 < given, true[:, t + 1], sampled)
+        return (tokens, caches), tokens
+
+    carry = true[:, 0], empty_caches(args, len(true))
+    _, tokens = jax.lax.scan(step, carry, (jnp.arange(steps), jax.random.split(key, steps)))
+    return jnp.concatenate([true[:, :1], tokens.swapaxes(0, 1)], axis=1)
+
+
+# --- Run folder, checkpoints ---
+# --- shared block: run folder ---
+class Run:
+    """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
+    The first Ctrl-C or SIGTERM only sets `stop`, the second one ends the process. Raises UserError.
+    """
+
+    def __init__(self, args: Args, writes: bool = True):
+        script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
+        self.folder = Path(args.resume or f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}")
+        self.writes, self.stop, self.wandb = writes, False, None  # of several processes, one writes
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
+        if not writes:
+            return
+        try:
+            (self.folder / "media").mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            shutil.copy(script, self.folder)
+        except OSError as error:
+            reason = f"cannot write to {self.folder} ({error.strerror})"
+            raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
+        if args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--track needs wandb, which is not installed: pip install wandb.") from error
+            settings = {"project": args.wandb_project, "mode": args.wandb_mode, "config": dataclasses.asdict(args)}
+            name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
+            self.wandb = wandb.init(id=name, name=name, resume="allow", dir=str(self.folder), **settings)
+
+    def request_stop(self, number: int, frame: Any) -> None:
+        print("stopping after this iteration; once more to stop at once", flush=True)
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def rewind(self, step: int) -> None:
+        """Forget logged lines beyond `step`: they will be computed again."""
+        path = self.folder / "metrics.jsonl"
+        if self.writes and path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
+        for name, value in metrics.items():
+            way_out = f"try a lower learning rate, or --resume {self.folder} with one"
+            require(math.isfinite(value), f"{name} is {value} at step {step}: training has diverged; {way_out}.")
+        if self.writes:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
+        """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
+        if self.writes:
+            frames = np.asarray(frames).repeat(scale, axis=-3).repeat(scale, axis=-2)
+            path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
+            options = {} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}
+            imageio.imwrite(path, frames, **options)
+            if self.wandb:
+                import wandb
+
+                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+
+
+# --- end shared block: run folder ---
+
+
+# --- shared block: checkpoints ---
+def checkpoints(folder: Path) -> ocp.CheckpointManager:
+    """Orbax writes a checkpoint aside and renames it when it is whole; the last two are kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def save_checkpoint(folder: Path, step: int, state: Any) -> None:
+    """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
+    try:
+        with checkpoints(folder) as manager:
+            manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"checkpoint {step} of {folder} was not written ({reason}): make room, then --resume."
+        ) from error
+
+
+def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
+    """The newest checkpoint that can be read, placed and shaped as `like`. Raises UserError if there is none."""
+    steps, problem = [], "it has none"
+    if (folder / "checkpoints").is_dir():
+        with checkpoints(folder) as manager:
+            steps = sorted(manager.all_steps(), reverse=True)
+            for step in steps:
+                try:
+                    return manager.restore(step, args=ocp.args.StandardRestore(like))
+                except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
+                    problem = f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                    print(f"warning: checkpoint {step} of {folder} cannot be used ({problem})", file=sys.stderr)
+    raise UserError(
+        f"{flag} {folder}: no checkpoint that fits these settings ({problem}); give a run folder of this script, without "
+        "flags that change the size of anything."
+    )
+
+
+# --- end shared block: checkpoints ---
+
+
+# --- Training ---
+@struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
+
+    iteration: Array
+    policy: PolicyState
+    env: EnvCarry
+    episode_sums: Array
+    codebook: Codebook
+    model: WorldModelState
+    replay: Replay
+
+
+def init_state(args: Args) -> TrainState:
+    key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
+    policy, model = init_policy(args, key_policy), init_world_model(args, key_model)
+    shared = jax.device_put(
+        (jnp.zeros((), jnp.int32), policy, init_episode_sums(args), codebook, model), on_devices(None)
+    )
+    iteration, policy, sums, codebook, model = shared
+    return TrainState(iteration, policy, init_env(args, key_env), sums, codebook, model, init_replay(args))
+
+
+def train_iteration(args: Args, state: TrainState, key: Array, clock: "Clock") -> tuple[TrainState, Rollout, dict]:
+    """[TWM] Algorithm 1, one round. Phases are Python loops over jitted steps, each on keys derived from its index."""
+    key_collect, key_model, key_imagine = jax.random.split(key, 3)
+    step = (int(state.iteration) + 1) * args.num_envs * args.num_steps
+    policy, model, logs = state.policy, state.model, {}
+
+    # 1. Collect real steps.
+    env, rollout, records = collect(args, policy.params, state.env, key_collect)
+    sums = add_episodes(state.episode_sums, records)
+    logs |= episode_charts(clock.lap("collect", sums))
+
+    # 2. PPO on them.
+    policy, log = ppo_update(args, policy, rollout)
+    logs |= {f"losses/real_{name}": value for name, value in log.items()}
+    clock.lap("policy_real")
+
+    # 3a. Grow the tokenizer on every new frame, tokenize them, append to the replay.
+    codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
+    vocabulary = live_vocabulary(args, codebook)
+    heldout = heldout_logs(args, vocabulary, model.params, codebook.size, rollout, tokens)
+    replay = add_to_replay(state.replay, rollout, tokens)
+    logs |= {f"world_model/heldout_{name}": float(value) for name, value in heldout.items()}
+    logs |= {
+        "world_model/codes": float(codebook.size),
+        "world_model/replay_filled": float(replay.filled * args.num_envs),
+    }
+    clock.lap("tokenizer", replay)
+
+    # 3b. Train the world model.
+    log = []
+    for i in range(args.wm_updates):
+        key = jax.random.fold_in(key_model, i)
+        model, one = world_model_step(args, vocabulary, model, codebook.size, replay, key)
+        log.append(one)
+    logs |= {f"losses/world_model_{name}": value for name, value in mean_of(log).items()}
+    clock.lap("world_model")
+
+    # 4. PPO on imagined rollouts.
+    log = []
+    for i in range(args.imagination_updates if step >= args.warmup_steps else 0):
+        key = jax.random.fold_in(key_imagine, i)
+        policy, one = imagination_step(args, vocabulary, policy, model.params, codebook, replay, key)
+        log.append(one)
+    logs |= {f"losses/imagined_{name}": value for name, value in mean_of(log).items()}
+    clock.lap("imagination")
+    return TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay), rollout, logs
+
+
+# --- shared block: clock ---
+class Clock:
+    """Seconds of each phase of an iteration, compilation apart."""
+
+    compiled = 0.0  # seconds that this process has spent compiling
+
+    def __init__(self, env_steps: int):
+        self.env_steps, self.seconds = env_steps, {}
+        self.start = self.last = (time.perf_counter(), Clock.compiled)
+
+    def lap(self, phase: str, wait_for: Any = None) -> Any:
+        jax.block_until_ready(wait_for)
+        now = (time.perf_counter(), Clock.compiled)
+        self.seconds[phase] = max(0.0, now[0] - self.last[0] - (now[1] - self.last[1]))
+        self.last = now
+        return wait_for
+
+    def logs(self) -> dict[str, float]:
+        logs = {f"perf/seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        logs["perf/SPS"] = self.env_steps / max(sum(self.seconds.values()), 1e-9)
+        logs["perf/compile_seconds"] = self.last[1] - self.start[1]
+        logs["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            logs["perf/peak_device_memory_gb"] = stats["peak_bytes_in_use"] / 2**30
+        return logs
+
+
+def start_jax(args: Args) -> None:
+    """Join other processes, keep compiled programs between runs, and count the seconds spent on compiling."""
+    if args.distributed:
+        jax.distributed.initialize()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
+
+    def count(event, seconds, **_):
+        Clock.compiled += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+
+
+def progress_line(step: int, args: Args, logs: dict[str, float], eta: float) -> str:
+    shown = {
+        "return": "charts/episodic_return",
+        "reward %": "charts/reward_percent",
+        "score %": "charts/score_percent",
+        "steps/s": "perf/SPS",
+    }
+    parts = [f"{name} {logs[key]:.2f}" for name, key in shown.items() if key in logs]
+    return (
+        f"step {step:>9,}/{args.total_steps:,}  "
+        + "  ".join(parts)
+        + f"  ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}"
+    )
+
+
+# --- end shared block: clock ---
+
+
+def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
+    """Codebook, rollout video, and true against imagined frames under the same actions: true frames have a green
+    border, imagined ones a red one.
+    """
+    codes = np.asarray(state.codebook.codes).reshape(-1, CELL, CELL, 3)
+    codes = np.pad(codes[: -(-int(state.codebook.size) // 32) * 32], ((0, 0), (0, 1), (0, 1), (0, 0)))
+    rows = codes.reshape(-1, 32, CELL + 1, CELL + 1, 3).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3)
+    run.media(step, "codebook", rows)
+    run.media(step, "rollout", rollout.frames[:, 0])
+    given = max(1, args.context // 4)
+    key_windows, key_tokens = jax.random.split(key)
+    windows = sample_windows(state.replay, key_windows, 4, args.context + 1, frames=True)
+    vocabulary = live_vocabulary(args, state.codebook)
+    tokens = replay_actions(args, vocabulary, given, state.model.params, state.codebook.size, windows, key_tokens)
+    imagined = jax.vmap(decode, (None, 0))(state.codebook, tokens)
+    strip = []
+    for true, dream in zip(np.asarray(windows.frames), np.asarray(imagined), strict=True):
+        for frames, first_dreamt in ((true, len(true)), (dream, given)):
+            padded = np.pad(frames, ((0, 0), (2, 2), (2, 2), (0, 0)))
+            edge = np.pad(np.zeros(frames.shape[1:3], bool), 2, constant_values=True)
+            for t, image in enumerate(padded):
+                image[edge] = (220, 40, 40) if t >= first_dreamt else (40, 160, 60)
+            strip.append(np.concatenate(list(padded), axis=1))
+    run.media(step, "imagined_vs_true", np.concatenate(strip), scale=2)
+
+
+# --- shared block: evaluate ---
+def evaluate(args: Args, run: Run, params: Any, step: int) -> dict[str, Any]:
+    """First episodes of freshly made worlds, the same for every run, with stochastic and with greedy actions. Writes
+    eval.json and a video of the first episode of each.
+    """
+    result = {"step": step, "episodes": args.eval_episodes}
+    for greedy in (False, True):
+        mode, rows = "greedy" if greedy else "stochastic", []
+        for batch in range(-(-args.eval_episodes // args.num_envs)):
+            key = jax.random.fold_in(jax.random.PRNGKey(0), batch)
+            carry, first, frames, part = init_env(args, key), np.zeros((args.num_envs, 25)), [], 0
+            while not first[:, 0].all():
+                part += 1
+                carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), greedy)
+                records = np.asarray(records)  # Float[T, B, 25]
+                if batch == 0 and not first[0, 0]:
+                    end = records[:, 0, 0].argmax() if records[:, 0, 0].any() else args.num_steps
+                    frames.append(np.asarray(rollout.frames[: end + 1, 0]))
+                for row in records:
+                    first = np.where(first[:, :1] == 0, row, first)
+            rows.append(first)
+            if batch == 0:
+                run.media(step, f"eval_{mode}", np.concatenate(frames))
+        rows = np.concatenate(rows)[: args.eval_episodes]  # Float[n, 25]
+        returns, rates = rows[:, 1], rows[:, 3:].mean(0)
+        result[mode] = {
+            "return_mean": float(returns.mean()),
+            "return_standard_error": float(returns.std(ddof=min(1, len(rows) - 1)) / math.sqrt(len(rows))),
+            "reward_percent": float(returns.mean() / len(ACHIEVEMENTS) * 100),
+            "score_percent": score_percent(rates),
+            "length_mean": float(rows[:, 2].mean()),
+            "achievements": {name: float(rate) for name, rate in zip(ACHIEVEMENTS, rates, strict=True)},
+        }
+    if run.writes:
+        (run.folder / "eval.json").write_text(json.dumps(result, indent=2))
+    return result
+
+
+# --- end shared block: evaluate ---
+
+
+def train(args: Args) -> None:
+    """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
+    run = Run(args, writes=jax.process_index() == 0)
+    env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args))))
+    free = shutil.disk_usage(run.folder).free
+    require(
+        free > 3 * size,
+        f"--runs-dir {args.runs_dir}: {free / 1e9:.1f} GB are free, three checkpoints may need {3 * size / 1e9:.1f} GB; "
+        "make room or name a folder on another disk.",
+    )
+    state = init_state(args)
+    if args.resume:
+        state = load_checkpoint("--resume", run.folder, state)
+        run.rewind(int(state.iteration) * env_steps)
+    print(
+        f"{run.folder}: {count(state.policy.params):,} policy and {count(state.model.params):,} world-model parameters"
+    )
+    started, first = time.perf_counter(), int(state.iteration)
+    for iteration in range(first, args.num_iterations):
+        # The key depends on the iteration alone: a resumed run draws what the uninterrupted one would have drawn.
+        key, clock, step = jax.random.fold_in(base_key, iteration), Clock(env_steps), (iteration + 1) * env_steps
+        state, rollout, logs = train_iteration(args, state, key, clock)
+        logs |= clock.logs()
+        run.log(step, logs)
+        done, last = iteration + 1 - first, iteration + 1 == args.num_iterations
+        eta = (time.perf_counter() - started) / done * (args.num_iterations - iteration - 1)
+        print(progress_line(step, args, logs, eta), flush=True)
+        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
+            write_media(args, run, step, state, rollout, key)
+        if (iteration + 1) % args.save_every == 0 or last or run.stop:
+            save_checkpoint(run.folder, step, state)
+        if run.stop:
+            print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
+            return
+    if args.eval_episodes:
+        print(json.dumps(evaluate(args, run, state.policy.params, args.num_iterations * env_steps)))
+
+
+def count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def dry_run(args: Args) -> None:
+    """Print what a run would take: parameters, work per iteration, memory, and an ETA from one measured step."""
+    policy, model = jax.eval_shape(
+        lambda: (init_policy(args, jax.random.PRNGKey(0)), init_world_model(args, jax.random.PRNGKey(0)))
+    )
+    ...
+
+
+def main() -> None:
+    try:
+        args = parse_args()
+        check_args(args)
+        start_jax(args)
+        check_devices(**{"--num-envs": args.num_envs})
+        if args.dry_run:
+            dry_run(args)
+        elif args.eval_only:
+            run = Run(args)
+            state = load_checkpoint("--eval-only", run.folder, init_state(args))
+            evaluate(args, run, state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
+        else:
+            train(args)
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
