@@ -23,11 +23,9 @@ S tokens (82 a step: the cells, then the action), K codes, V codes that the outp
 
 import argparse
 import dataclasses
-import errno
 import functools
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -112,6 +110,14 @@ class Args:
     def num_iterations(self) -> int:
         return self.total_steps // (self.num_envs * self.num_steps)
 
+    @property
+    def window_iterations(self) -> int:  # that the windowed charts look back
+        return max(1, round(100_000 / (self.num_envs * self.num_steps)))
+
+    @property
+    def compute_dtype(self) -> Any:
+        return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
+
 
 # fmt: off
 PRESETS = {
@@ -137,11 +143,6 @@ class UserError(Exception):
     """Something the user can put right: main() prints it as one sentence and exits with code 2."""
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def parse_args(argv: list[str] | None = None) -> Args:
     """Defaults are the settings of the run that --resume or --eval-only names, else of --preset; flags given beside
     them win. So --help shows the values of the preset named beside it.
@@ -151,98 +152,82 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for flags in (["--preset"], ["--resume"], ["--eval-only", "--eval_only"]):
         first.add_argument(*flags, default="")
     known = first.parse_known_args(argv)[0]
-    require(not (known.resume and known.eval_only), "--resume and --eval-only exclude each other: give one of them.")
-    if not (folder := known.resume or known.eval_only):
-        name = known.preset or "paper"
-        require(name in PRESETS, f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
-        return tyro.cli(Args, args=argv, default=PRESETS[name], description=__doc__)
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False, "track": False})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--{'resume' if known.resume else 'eval-only'} {folder}: its args.json cannot be used "
-            f"({type(error).__name__}: {error}); name a run folder that {Path(__file__).name} wrote."
-        ) from error
+    if known.resume and known.eval_only:
+        raise UserError("--resume and --eval-only exclude each other: give one of them.")
+    name, folder = known.preset or "paper", known.resume or known.eval_only
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
+    default = PRESETS[name]
+    if folder:
+        try:
+            saved = json.loads((Path(folder) / "args.json").read_text())
+            saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{flag} {folder}: its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote."
+            ) from error
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
 
 # --- end shared block: command line ---
 
 
-# --- shared block: policy checks ---
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
+    check_policy_args(args)
+    window, rollout = max(args.context, args.burn_in) + 1, args.num_envs * args.num_steps
+    if args.wm_dropout >= 1:
+        raise UserError(f"--wm-dropout {args.wm_dropout} drops everything: give a number below 1.")
+    if args.wm_size % (2 * args.wm_heads):
+        heads = f"{args.wm_heads} heads of even size, which rotary positions need"
+        raise UserError(f"--wm-size {args.wm_size} does not split into --wm-heads {heads}: try {64 * args.wm_heads}.")
+    if args.imagination_steps > args.context:
+        reason = f"does not fit into --context {args.context}, beyond which the world model sees nothing"
+        raise UserError(f"--imagination-steps {args.imagination_steps} {reason}: give at most {args.context}.")
+    if args.num_steps < window:
+        reason = (
+            f"holds no sequence of {window} frames, which --context {args.context} and --burn-in {args.burn_in} need"
+        )
+        raise UserError(f"--num-steps {args.num_steps} {reason}: give at least {window}.")
+    if args.replay_size < rollout:
+        raise UserError(f"--replay-size {args.replay_size} cannot hold one rollout: give at least {rollout}.")
+    if args.codebook_size > 65_536:
+        raise UserError(f"--codebook-size {args.codebook_size} does not fit into 16-bit tokens: give at most 65536.")
+    sizes = {"--wm-batch-size": args.wm_batch_size, "--imagination-envs": args.imagination_envs}
+    check_devices({"--num-envs / --num-minibatches": args.num_envs // args.num_minibatches} | sizes)
+
+
+# --- shared block: craftax agent ---
 def check_policy_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
     zero_allowed = {"seed", "media_every", "eval_episodes", "warmup_steps", "imagination_updates", "burn_in"}
     for name, value in dataclasses.asdict(args).items():
-        flag, numbers = "--" + name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
-        if numbers and type(numbers[0]) in (int, float):
-            low = 0 if type(numbers[0]) is float or name in zero_allowed else 1
-            good = all(math.isfinite(number) and number >= low for number in numbers)
-            require(good, f"{flag} {value} is out of range: give a number of at least {low}.")
-    require(len(args.encoder_channels) > 0, "--encoder-channels is empty: give at least one, for example 64 64 128.")
-    for name in ("gamma", "gae_lambda", "value_norm_decay"):
-        value = getattr(args, name)
-        require(value <= 1, f"--{name.replace('_', '-')} {value} is out of range: give a number from 0 to 1.")
-    require(
-        args.num_envs % args.num_minibatches == 0,
-        f"--num-minibatches {args.num_minibatches} does not divide --num-envs {args.num_envs}: minibatches are made of "
-        f"whole environments. Try --num-minibatches {math.gcd(args.num_envs, args.num_minibatches)}.",
-    )
-    rollout = args.num_envs * args.num_steps
-    require(
-        args.total_steps >= rollout,
-        f"--total-steps {args.total_steps} is less than one rollout of {args.num_envs} x {args.num_steps} (--num-envs "
-        f"x --num-steps): give at least {rollout}.",
-    )
+        numbers = value if isinstance(value, tuple) else (value,)
+        low = 0 if name in zero_allowed or isinstance(value, float) else 1
+        high = 1 if name in ("gamma", "gae_lambda", "value_norm_decay") else math.inf
+        for number in numbers or (0,):
+            if type(number) in (int, float) and not (low <= number <= high and math.isfinite(number)):
+                reason = f"is out of range: give {'numbers' if numbers is value else 'a number'} from {low} to {high}"
+                raise UserError(f"--{name.replace('_', '-')} {value} {reason}.")
+    if args.num_envs % args.num_minibatches:
+        reason = f"does not divide --num-envs {args.num_envs}: minibatches are made of whole environments"
+        try_this = math.gcd(args.num_envs, args.num_minibatches)
+        raise UserError(f"--num-minibatches {args.num_minibatches} {reason}. Try --num-minibatches {try_this}.")
+    if args.total_steps < (rollout := args.num_envs * args.num_steps):
+        reason = f"is less than one rollout of --num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        raise UserError(f"--total-steps {args.total_steps} {reason}: give at least {rollout}.")
 
 
-def check_devices(**sizes: int) -> None:
+def check_devices(sizes: dict[str, int]) -> None:
     """Batches are split evenly over all devices. Raises UserError."""
-    for what, size in sizes.items():
-        require(
-            size % jax.device_count() == 0,
-            f"{what} {size} cannot be split evenly over {jax.device_count()} devices: make it a multiple, or hide "
-            "devices (CUDA_VISIBLE_DEVICES).",
-        )
+    for flag, size in sizes.items():
+        if size % jax.device_count():
+            way_out = "make it a multiple, or hide devices (CUDA_VISIBLE_DEVICES)"
+            raise UserError(f"{flag} {size} does not split evenly over {jax.device_count()} devices: {way_out}.")
 
 
-# --- end shared block: policy checks ---
-
-
-def check_args(args: Args) -> None:
-    """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
-    check_policy_args(args)
-    require(args.wm_dropout < 1, f"--wm-dropout {args.wm_dropout} drops everything: give a number below 1.")
-    require(
-        args.wm_size % (2 * args.wm_heads) == 0,
-        f"--wm-size {args.wm_size} does not split into --wm-heads {args.wm_heads} heads of even size, which rotary "
-        f"positions need: give a multiple of {2 * args.wm_heads}.",
-    )
-    require(
-        args.imagination_steps <= args.context,
-        f"--imagination-steps {args.imagination_steps} does not fit into --context {args.context}, beyond which the "
-        f"world model sees nothing. Try --imagination-steps {args.context}.",
-    )
-    window = max(args.context, args.burn_in) + 1
-    require(
-        args.num_steps >= window,
-        f"--num-steps {args.num_steps} is shorter than the {window} frames that --context {args.context} and --burn-in "
-        f"{args.burn_in} need: the first rollout would hold no sequence. Try --num-steps {window}.",
-    )
-    rollout = args.num_envs * args.num_steps
-    require(
-        args.replay_size >= rollout,
-        f"--replay-size {args.replay_size} cannot hold one rollout: give at least {rollout}.",
-    )
-    require(
-        args.codebook_size <= 65_536,
-        f"--codebook-size {args.codebook_size} is out of range: tokens have 16 bits, give at most 65536.",
-    )
-
-
-# --- shared block: devices ---
 @functools.cache
 def data_mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -258,11 +243,7 @@ def split_batch(tree: Any, axis: int) -> Any:
     return jax.lax.with_sharding_constraint(tree, on_devices(axis)) if jax.device_count() > 1 else tree
 
 
-# --- end shared block: devices ---
-
-
 # --- Environment ---
-# --- shared block: environment ---
 ACHIEVEMENTS = (  # ids 0 to 21 of Craftax-Classic
     "collect_wood place_table eat_cow collect_sapling collect_drink make_wood_pickaxe make_wood_sword place_plant "
     "defeat_zombie collect_stone place_stone eat_plant defeat_skeleton make_stone_pickaxe make_stone_sword wake_up "
@@ -270,6 +251,7 @@ ACHIEVEMENTS = (  # ids 0 to 21 of Craftax-Classic
 ).split()
 NUM_ACTIONS = 17
 GRID, CELL = 9, 7  # a frame is 9 x 9 cells of 7 x 7 pixels; the inventory is the last two rows of cells
+FRAME = (GRID * CELL, GRID * CELL, 3)
 
 
 @functools.cache
@@ -279,11 +261,6 @@ def craftax_classic():
         from craftax.craftax_classic.envs.craftax_pixels_env import CraftaxClassicPixelsEnvNoAutoReset
 
         return CraftaxClassicPixelsEnvNoAutoReset()
-
-
-def strong(tree: Any) -> Any:
-    """Without weak types, so that states from reset and from step share one compiled program."""
-    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), tree)
 
 
 def render(state: Any) -> Array:
@@ -297,7 +274,9 @@ def render(state: Any) -> Array:
 def env_reset(keys: Array) -> tuple[Any, Array]:
     """keys UInt32[B, 2] -> states of fresh worlds, their first frames UInt8[B, 63, 63, 3]."""
     env = craftax_classic()
-    state = strong(jax.vmap(lambda key: env.reset_env(key, env.default_params)[1])(keys))
+    state = jax.vmap(lambda key: env.reset_env(key, env.default_params)[1])(keys)
+    # Weak types become strong, so that states from reset and from step share one compiled program.
+    state = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)
     return state, render(state)
 
 
@@ -314,7 +293,7 @@ def env_step(state: Any, actions: Array, keys: Array) -> tuple[Any, Array, Array
         key_step, key_reset = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         step = jax.vmap(env.step_env, in_axes=(0, 0, 0, None))  # its own frame goes unused, so XLA never renders it
         _, state, rewards, dones, _ = step(key_step, state, actions, env.default_params)
-        achievements = state.achievements
+        achievements = state.achievements.astype(bool)
 
         def reset_one(carry):
             state, waiting = carry
@@ -322,8 +301,8 @@ def env_step(state: Any, actions: Array, keys: Array) -> tuple[Any, Array, Array
             fresh = env.reset_env(key_reset[i], env.default_params)[1]
             return jax.tree.map(lambda leaf, new: leaf.at[i].set(new), state, fresh), waiting.at[i].set(False)
 
-        state, _ = jax.lax.while_loop(lambda carry: carry[1].any(), reset_one, (strong(state), dones))
-        return state, render(state), rewards.astype(jnp.float32), dones, achievements.astype(bool)
+        state, _ = jax.lax.while_loop(lambda carry: carry[1].any(), reset_one, (state, dones))
+        return state, render(state), rewards.astype(jnp.float32), dones, achievements
 
     if jax.device_count() > 1:
         spec = PartitionSpec("data")
@@ -331,11 +310,7 @@ def env_step(state: Any, actions: Array, keys: Array) -> tuple[Any, Array, Array
     return step_local(state, actions, keys)
 
 
-# --- end shared block: environment ---
-
-
 # --- Policy network ---
-# --- shared block: policy network ---
 def to_cells(frames: Array) -> Array:
     """[N, 63, 63, 3] -> [N, 81, 147], cells in row-major order."""
     grid = frames.reshape(-1, GRID, CELL, GRID, CELL, 3).swapaxes(2, 3)
@@ -443,7 +418,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, frames: Array, resets: Array, hidden: Array) -> tuple[Array, Array, Array]:
-        args, dtype = self.args, compute_dtype(self.args)
+        args, dtype = self.args, self.args.compute_dtype
         encoder = {"impala": ImpalaEncoder, "cells": CellEncoder}[args.encoder](args.encoder_channels, dtype)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         z = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
@@ -455,15 +430,7 @@ class Policy(nn.Module):
         return logits, Tower(args.tower_size, 1, 1.0, dtype)(features)[..., 0], hidden
 
 
-def compute_dtype(args: Args) -> Any:
-    return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[args.dtype]
-
-
-# --- end shared block: policy network ---
-
-
 # --- PPO ---
-# --- shared block: gae ---
 def compute_gae(
     rewards: Array, values: Array, last_value: Array, dones: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
@@ -484,10 +451,6 @@ def compute_gae(
     return advantages, advantages + values
 
 
-# --- end shared block: gae ---
-
-
-# --- shared block: ppo ---
 @struct.dataclass
 class ValueNorm:
     """Running mean and deviation of value targets: decayed sums from 0, corrected by the decayed weight."""
@@ -534,7 +497,7 @@ def adam(args: Args, learning_rate: float) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_policy(args: Args, key: Array) -> PolicyState:
-    frames = jnp.zeros((1, 1, GRID * CELL, GRID * CELL, 3), jnp.uint8)
+    frames = jnp.zeros((1, 1, *FRAME), jnp.uint8)
     params = Policy(args).init(key, frames, jnp.zeros((1, 1), bool), jnp.zeros((1, args.gru_size)))["params"]
     return PolicyState(params, adam(args, args.learning_rate).init(params), ValueNorm(*jnp.zeros(3)))
 
@@ -615,11 +578,7 @@ def mean_of(logs: list[dict]) -> dict[str, float]:
     return {name: float(np.mean([log[name] for log in logs])) for name in (logs[0] if logs else ())}
 
 
-# --- end shared block: ppo ---
-
-
 # --- Collecting ---
-# --- shared block: collect ---
 @struct.dataclass
 class EnvCarry:
     """What B environments hand from one rollout to the next. Axis 0 of every leaf is B."""
@@ -633,9 +592,8 @@ class EnvCarry:
 
 def init_env(args: Args, key: Array) -> EnvCarry:
     state, frame = env_reset(jax.device_put(jax.random.split(key, args.num_envs), on_devices(0)))
-    hidden = jnp.zeros((args.num_envs, args.gru_size))
-    carry = EnvCarry(state, frame, jnp.ones(args.num_envs, bool), hidden, jnp.zeros(args.num_envs))
-    return jax.device_put(carry, on_devices(0))
+    rest = jnp.ones(args.num_envs, bool), jnp.zeros((args.num_envs, args.gru_size)), jnp.zeros(args.num_envs)
+    return EnvCarry(state, frame, *jax.device_put(rest, on_devices(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -645,13 +603,12 @@ def collect(
     """num_steps steps of every environment with one policy. Besides the rollout it returns, for each step that ended
     an episode, its record (1, return, length, 22 achievements), and zeros for the others: Float[T, B, 25].
     """
-    key, key_last = jax.random.split(key)
 
     def step(carry, key):
         key_act, key_env = jax.random.split(key)
-        actions, logprobs, values, hidden = act(args, params, carry.frame, carry.reset, carry.hidden, key_act, greedy)
-        length = carry.state.timestep + 1
-        keys = jax.random.split(key_env, args.num_envs)
+        now = (carry.frame, carry.reset, carry.hidden)
+        actions, logprobs, values, hidden = act(args, params, *now, key_act, greedy)
+        length, keys = carry.state.timestep + 1, jax.random.split(key_env, args.num_envs)
         state, frame, rewards, dones, achievements = env_step(carry.state, actions, keys)
         returns = carry.episode_return + rewards
         record = jnp.column_stack([jnp.ones_like(returns), returns, length, achievements]) * dones[:, None]
@@ -659,24 +616,14 @@ def collect(
         return EnvCarry(state, frame, dones, hidden, jnp.where(dones, 0.0, returns)), (outputs, record)
 
     after, (outputs, records) = jax.lax.scan(step, carry, jax.random.split(key, args.num_steps))
-    last_value = act(args, params, after.frame, after.reset, after.hidden, key_last, greedy)[2]
+    last_value = act(args, params, after.frame, after.reset, after.hidden, key, greedy)[2]  # its action goes unused
     return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
 
 
-def init_episode_sums(args: Args) -> Array:
-    """Sums of episode records: row 0 over the whole run, then one row for each of the latest iterations, newest last,
-    reaching back about 100,000 environment steps. Float[1 + W, 25].
-    """
-    return jnp.zeros((1 + max(1, round(100_000 / (args.num_envs * args.num_steps))), 25))
-
-
-def add_episodes(sums: Array, records: Array) -> Array:
-    new = records.sum((0, 1))[None]  # Float[1, 25]
-    return jnp.concatenate([sums[:1] + new, sums[2:], new])
-
-
 def episode_charts(sums: Array) -> dict[str, float]:
-    """Logged values of init_episode_sums' rows; an average over no episodes is left out."""
+    """Logged values of summed episode records Float[1 + W, 25]: row 0 over the whole run, then of the latest W
+    iterations (about 100,000 environment steps), newest last. An average over no episodes is left out.
+    """
     total, window, newest = np.asarray(sums[0]), np.asarray(sums[1:].sum(0)), np.asarray(sums[-1])
     charts = {"charts/episodes": float(total[0])}
     if newest[0]:
@@ -696,7 +643,7 @@ def score_percent(rates: np.ndarray) -> float:
     return float(np.expm1(np.mean(np.log1p(100 * np.asarray(rates)))))
 
 
-# --- end shared block: collect ---
+# --- end shared block: craftax agent ---
 
 
 # --- Tokenizer ---
@@ -708,58 +655,53 @@ class Codebook:
     size: Array  # Int[]: rows in use
 
 
-SEARCH = 256  # codes compared at once; only chunks that hold codes in use are compared
+SEARCH = 256  # codes compared at once; only groups that hold codes in use are compared
 
 
 def nearest_code(codebook: Codebook, patches: Array) -> tuple[Array, Array]:
-    """Nearest code in use (the first of equals) of Float[N, 147] patches: its squared distance, and its index Int[N].
-    Pixels are whole numbers 0..255, so |e|^2 - 2 p e is exact in fp32 and the result does not depend on the order of
-    summation; products of two such numbers are exact even from bf16 inputs, which is what GPUs get.
+    """Squared distance to, and index of, the nearest code in use (the first of equals) for Float[N, 147] patches.
+    Pixels are whole numbers 0..255, so |e|^2 - 2 p e is exact in fp32 whatever the order of summation; products of two
+    such numbers are exact even from bf16 inputs, which GPUs get.
     """
     inputs = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    chunk = min(SEARCH, len(codebook.codes))
+    group = min(SEARCH, len(codebook.codes))
 
     def search(i, best):
-        start = jnp.minimum(i * chunk, len(codebook.codes) - chunk)
-        codes = jax.lax.dynamic_slice_in_dim(codebook.codes, start, chunk).astype(jnp.float32)
-        product = jnp.matmul(
-            patches.astype(inputs), codes.T.astype(inputs), preferred_element_type=jnp.float32
-        )  # Float[N, chunk]
-        index = start + jnp.arange(chunk)
-        distance = jnp.where(index < codebook.size, jnp.square(codes).sum(-1) - 2 * product, jnp.inf)
-        here = distance.argmin(-1)
-        distance = distance.min(-1)
-        closer = distance < best[0]
-        return jnp.where(closer, distance, best[0]), jnp.where(closer, start + here, best[1])
+        start = jnp.minimum(i * group, len(codebook.codes) - group)
+        codes = jax.lax.dynamic_slice_in_dim(codebook.codes, start, group).astype(jnp.float32)
+        product = jnp.matmul(patches.astype(inputs), codes.T.astype(inputs), preferred_element_type=jnp.float32)
+        in_use = start + jnp.arange(group) < codebook.size
+        distance = jnp.where(in_use, jnp.square(codes).sum(-1) - 2 * product, jnp.inf)  # Float[N, group]
+        closest, index = distance.min(-1), start + distance.argmin(-1)
+        return jnp.minimum(closest, best[0]), jnp.where(closest < best[0], index, best[1])
 
-    start = jnp.full(len(patches), jnp.inf), jnp.zeros(len(patches), jnp.int32)
-    distance, index = jax.lax.fori_loop(0, -(-codebook.size // chunk), search, start)
+    nothing = jnp.full(len(patches), jnp.inf), jnp.zeros(len(patches), jnp.int32)
+    distance, index = jax.lax.fori_loop(0, -(-codebook.size // group), search, nothing)
     return distance + jnp.square(patches).sum(-1), index
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def grow_codebook(args: Args, codebook: Codebook, frames: Array) -> tuple[Codebook, Array]:
-    """Offer all patches of UInt8[T, B, 63, 63, 3] frames in order (step, environment, row, column): one farther than tau
-    from every code, those just added included, becomes a code while there is room. Returns the codebook and the tokens
-    UInt16[T, B, 81]. A product with all codes per step, then one pass over the step's patches per code added, equals
-    the sequential rule: no patch before the first far one can become a code.
+    """Offer all patches of UInt8[T, B, 63, 63, 3] frames in order (step, environment, row, column): one farther than
+    tau from every code, those just added included, becomes a code while there is room. Returns the codebook and the
+    tokens UInt16[T, B, 81]. One product with all codes per step, then one pass over the step's patches per added code,
+    equals the sequential rule: no patch before the first far one can become a code.
     """
     limit = args.code_distance * 255**2
 
     def one_step(codebook, frames):
         patches = to_cells(frames).reshape(-1, CELL * CELL * 3).astype(jnp.float32)  # Float[B * 81, 147]
 
+        def room_and_far(carry):
+            return (carry[0].size < args.codebook_size) & (carry[1] > limit).any()
+
         def add_first_far(carry):
             codebook, distance, index = carry
             patch = patches[jnp.argmax(distance > limit)]
-            codes = codebook.codes.at[codebook.size].set(patch.astype(jnp.uint8))
             new_distance = jnp.square(patches - patch).sum(-1)
-            closer = new_distance < distance
-            index = jnp.where(closer, codebook.size, index)
-            return Codebook(codes, codebook.size + 1), jnp.where(closer, new_distance, distance), index
-
-        def room_and_far(carry):
-            return (carry[0].size < args.codebook_size) & (carry[1] > limit).any()
+            index = jnp.where(new_distance < distance, codebook.size, index)
+            codes = codebook.codes.at[codebook.size].set(patch.astype(jnp.uint8))
+            return Codebook(codes, codebook.size + 1), jnp.minimum(distance, new_distance), index
 
         carry = codebook, *nearest_code(codebook, patches)
         codebook, _, index = jax.lax.while_loop(room_and_far, add_first_far, carry)
@@ -769,13 +711,13 @@ def grow_codebook(args: Args, codebook: Codebook, frames: Array) -> tuple[Codebo
 
 
 def decode(codebook: Codebook, tokens: Array) -> Array:
-    """Int[N, 81] tokens -> UInt8[N, 63, 63, 3] frames."""
+    """Int[..., 81] tokens -> UInt8[..., 63, 63, 3] frames."""
     grid = codebook.codes[tokens].reshape(-1, GRID, GRID, CELL, CELL, 3).swapaxes(2, 3)
-    return grid.reshape(-1, GRID * CELL, GRID * CELL, 3)
+    return grid.reshape(*tokens.shape[:-1], *FRAME)
 
 
 def live_vocabulary(args: Args, codebook: Codebook) -> int:
-    """V: the power of two that holds all codes in use. Codes beyond them are masked, so V changes cost, not results."""
+    """V: the power of two that holds all codes in use. The others are masked, so V changes the cost, not the result."""
     return min(args.codebook_size, max(256, 1 << (int(codebook.size) - 1).bit_length()))
 
 
@@ -793,14 +735,14 @@ def rope(x: Array, position: Array) -> Array:
 
 
 def attend(query: Array, key: Array, value: Array, drop: Any, mask: Array | None = None) -> Array:
-    """Softmax attention with fp32 weights, divided by their sum after the product with the values: the division then
-    touches head_size numbers a query rather than one for each key. Float[B, heads, S, D] each; mask Bool[keys].
+    """Softmax attention, weights in fp32, divided by their sum after the product with the values: that touches D
+    numbers a query instead of one a key. Float[B, heads, S, D] each; mask Bool[keys].
     """
     scores = jnp.einsum("bhqd,bhkd->bhqk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
     scores = scores if mask is None else jnp.where(mask, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    return jnp.einsum("bhqk,bhkd->bhqd", drop(weights).astype(value.dtype), value) / total.astype(value.dtype)
+    total = weights.sum(-1, keepdims=True).astype(value.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", drop(weights).astype(value.dtype), value) / total
 
 
 class TransformerBlock(nn.Module):
@@ -809,7 +751,7 @@ class TransformerBlock(nn.Module):
     args: Args
 
     def setup(self):
-        args, dtype = self.args, compute_dtype(self.args)
+        args, dtype = self.args, self.args.compute_dtype
         dense = functools.partial(nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02))
         self.norm1, self.norm2 = (nn.LayerNorm(epsilon=1e-5, dtype=dtype) for _ in range(2))
         self.qkv, self.out = dense(3 * args.wm_size), dense(args.wm_size)
@@ -839,81 +781,72 @@ class TransformerBlock(nn.Module):
         return self.merge(x, jnp.concatenate(attended, axis=2), deterministic)
 
     def step(self, x: Array, cache: Array, t: Array, length: int) -> tuple[Array, Array]:
-        """The t-th step's tokens alone, Float[B, 82, d], attending to cache Float[2, B, heads, S, D], of which the
-        first `length` steps are read and t < length.
-        """
+        """Step t alone, Float[B, 82, d], attending to cache Float[2, B, heads, S, D], read up to step length > t."""
         query, key, value = self.heads(x, t * BLOCK + jnp.arange(BLOCK))
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack([key, value]), t * BLOCK, axis=3)
-        seen = cache[:, :, :, : length * BLOCK]
+        key, value = cache[:, :, :, : length * BLOCK]
         mask = jnp.arange(length * BLOCK) < (t + 1) * BLOCK
-        return self.merge(x, attend(query, seen[0], seen[1], lambda weights: weights, mask), True), cache
+        return self.merge(x, attend(query, key, value, lambda weights: weights, mask), True), cache
 
 
 class WorldModel(nn.Module):
     """[TWM] transformer with block teacher forcing: from step t's cells and action it predicts, in parallel, the 81
-    tokens of frame t+1, and at the action's position the reward class and whether the episode ended.
+    tokens of frame t+1, and at the action's position the reward class and whether the episode ended. Outputs, fp32:
+    token logits Float[B, T, 81, V], -1e30 for codes not in use; reward logits, done logits Float[B, T, 2].
     """
 
     args: Args
 
     def setup(self):
-        args, dtype = self.args, compute_dtype(self.args)
-        init = nn.initializers.normal(0.02)
-        self.token_table = self.param("token_table", init, (args.codebook_size, args.wm_size))
-        self.action_table = self.param("action_table", init, (NUM_ACTIONS, args.wm_size))
+        args, dtype = self.args, self.args.compute_dtype
+        normal, lecun = nn.initializers.normal(0.02), nn.initializers.lecun_normal()
+        self.token_table = self.param("token_table", normal, (args.codebook_size, args.wm_size))
+        self.action_table = self.param("action_table", normal, (NUM_ACTIONS, args.wm_size))
         self.blocks = [TransformerBlock(args) for _ in range(args.wm_layers)]
-        self.norm = nn.LayerNorm(epsilon=1e-5, dtype=dtype)
-        self.drop = nn.Dropout(args.wm_dropout)
+        self.norm, self.drop = nn.LayerNorm(epsilon=1e-5, dtype=dtype), nn.Dropout(args.wm_dropout)
         self.token_hidden, self.reward_hidden, self.done_hidden = (
             nn.Dense(args.wm_size, dtype=dtype) for _ in range(3)
         )
-        shape = (args.wm_size, args.codebook_size)
-        self.token_kernel = self.param("token_kernel", nn.initializers.lecun_normal(), shape)
-        self.token_bias = self.param("token_bias", nn.initializers.zeros, shape[1:])
+        self.token_kernel = self.param("token_kernel", lecun, (args.wm_size, args.codebook_size))
+        self.token_bias = self.param("token_bias", nn.initializers.zeros, (args.codebook_size,))
         self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
 
     def embed(self, tokens: Array, actions: Array) -> Array:
         """Int[B, T, 81], Int[B, T] -> Float[B, T * 82, d]."""
         x = jnp.concatenate([self.token_table[tokens], self.action_table[actions][:, :, None]], axis=2)
-        return x.reshape(len(x), -1, x.shape[-1]).astype(compute_dtype(self.args))
+        return x.reshape(len(x), -1, x.shape[-1]).astype(self.args.compute_dtype)
 
-    def read_out(self, x: Array, vocabulary: int, size: Array) -> tuple[Array, Array, Array]:
-        """Logits, fp32: Float[B, T, 81, V] with codes not in use at -inf, reward Float[B, T, 2], done Float[B, T, 2]."""
+    def read_out(self, x: Array, vocab: int, size: Array) -> tuple[Array, Array, Array]:
         x = self.norm(x).reshape(len(x), -1, BLOCK, x.shape[-1])
         cells, action = nn.relu(self.token_hidden(x[:, :, :-1])), x[:, :, -1]
-        logits = cells @ self.token_kernel[:, :vocabulary].astype(x.dtype) + self.token_bias[:vocabulary]
-        logits = jnp.where(jnp.arange(vocabulary) < size, logits.astype(jnp.float32), -1e30)
-        reward, done = (
-            self.reward_out(nn.relu(self.reward_hidden(action))),
-            self.done_out(nn.relu(self.done_hidden(action))),
-        )
-        return logits, reward.astype(jnp.float32), done.astype(jnp.float32)
+        logits = cells @ self.token_kernel[:, :vocab].astype(x.dtype) + self.token_bias[:vocab]
+        logits = jnp.where(jnp.arange(vocab) < size, logits.astype(jnp.float32), -1e30)
+        reward = self.reward_out(nn.relu(self.reward_hidden(action))).astype(jnp.float32)
+        return logits, reward, self.done_out(nn.relu(self.done_hidden(action))).astype(jnp.float32)
 
-    def __call__(
-        self, tokens: Array, actions: Array, vocabulary: int, size: Array, deterministic: bool = True
-    ) -> tuple[Array, Array, Array]:
-        """Whole sequences: tokens Int[B, T, 81], actions Int[B, T]; result as of read_out."""
+    def __call__(self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True) -> tuple:
+        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]."""
         x = self.drop(self.embed(tokens, actions), deterministic)
         for block in self.blocks:
             x = block(x, deterministic)
-        return self.read_out(x, vocabulary, size)
+        return self.read_out(x, vocab, size)
 
     def step(
-        self, tokens: Array, actions: Array, vocabulary: int, size: Array, caches: Array, t: Array, length: int
+        self, tokens: Array, actions: Array, vocab: int, size: Array, caches: Array, t: Array, length: int
     ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Step t alone, the earlier ones in caches Float[layers, 2, B, heads, S, D]. tokens Int[B, 81], actions Int[B]
-        -> logits as of read_out with T = 1, caches.
+        """Step t alone: tokens Int[B, 81], actions Int[B], caches Float[layers, 2, B, heads, S, D] of the steps before,
+        read up to step length > t. Returns outputs with T = 1, caches.
         """
         x = self.embed(tokens[:, None], actions[:, None])
         for i, block in enumerate(self.blocks):
             x, cache = block.step(x, caches[i], t, length)
             caches = caches.at[i].set(cache)
-        return self.read_out(x, vocabulary, size), caches
+        return self.read_out(x, vocab, size), caches
 
 
 def empty_caches(args: Args, batch: int) -> Array:
     shape = (args.wm_layers, 2, batch, args.wm_heads, args.context * BLOCK, args.wm_size // args.wm_heads)
-    return split_batch(jnp.zeros(shape, compute_dtype(args)), axis=2)
+    return split_batch(jnp.zeros(shape, args.compute_dtype), axis=2)
 
 
 @struct.dataclass
@@ -929,188 +862,163 @@ def init_world_model(args: Args, key: Array) -> WorldModelState:
     return WorldModelState(params, adam(args, args.wm_learning_rate).init(params))
 
 
-def reward_class(rewards: Array) -> Array:
-    """1 where an achievement was unlocked; changes of health (0.1 each) are dropped."""
-    return (rewards >= 0.5).astype(jnp.int32)
-
-
 def world_model_loss(
-    params: Any, args: Args, vocabulary: int, size: Array, windows: "Windows", key: Array | None
+    params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None
 ) -> tuple[Array, dict]:
-    """[TWM] cross-entropies of next tokens, reward class and termination over windows of T + 1 frames; also across
-    episode ends, whose next frame is the first of a new world. key: of dropout, none without it.
+    """[TWM] cross-entropies of next tokens, reward class (1 for an achievement; health terms are dropped) and
+    termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
+    key: of dropout; None: without.
     """
-    tokens, actions = windows.tokens.astype(jnp.int32), windows.actions
-    rngs = {} if key is None else {"dropout": key}
-    inputs = tokens[:, :-1], actions[:, :-1], vocabulary, size, key is None
-    logits, reward, done = WorldModel(args).apply({"params": params}, *inputs, rngs=rngs)
-    labels = tokens[:, 1:]  # Int[B, T, 81]
-    entropy = optax.softmax_cross_entropy_with_integer_labels
-    token_loss = entropy(logits, labels).mean()
-    reward_loss = entropy(reward, reward_class(windows.rewards[:, :-1])).mean()
-    done_loss = entropy(done, windows.dones[:, :-1].astype(jnp.int32)).mean()
-    right, changed = logits.argmax(-1) == labels, labels != tokens[:, :-1]
-    loss = token_loss + reward_loss + done_loss
-    return loss, {
-        "loss": loss,
-        "token_loss": token_loss,
-        "reward_loss": reward_loss,
-        "done_loss": done_loss,
-        "token_accuracy": right.mean(),
-        "changed_token_accuracy": (right & changed).sum() / jnp.maximum(changed.sum(), 1),
-    }
+    tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]  # Int[B, T, 81]
+    apply = functools.partial(WorldModel(args).apply, rngs={} if key is None else {"dropout": key})
+    logits, reward, done = apply({"params": params}, inputs, windows.actions[:, :-1], vocab, size, key is None)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    logs = {"token_loss": cross_entropy(logits, labels).mean()}
+    logs["reward_loss"] = cross_entropy(reward, (rewards >= 0.5).astype(jnp.int32)).mean()
+    logs["done_loss"] = cross_entropy(done, dones.astype(jnp.int32)).mean()
+    logs["loss"] = loss = sum(logs.values())
+    right, changed = logits.argmax(-1) == labels, labels != inputs
+    logs["token_accuracy"] = right.mean()
+    logs["changed_token_accuracy"] = (right & changed).sum() / jnp.maximum(changed.sum(), 1)
+    return loss, logs
 
 
 # --- Replay ---
 @struct.dataclass
-class Replay:
-    """The latest transitions of every environment, in a ring along axis 0 (N steps)."""
+class Steps:
+    """Transitions along two axes: [N, B] in the replay, batch-major [B, T] when drawn from it."""
 
-    frames: Array  # UInt8[N, B, 63, 63, 3]
-    tokens: Array  # UInt16[N, B, 81]
-    actions: Array  # UInt8[N, B]
-    rewards: Array  # Float[N, B]
-    dones: Array  # Bool[N, B]
+    tokens: Array  # UInt16[..., 81]
+    actions: Array  # UInt8[...]
+    rewards: Array  # Float[...]
+    dones: Array  # Bool[...]
+    frames: Array | None  # UInt8[..., 63, 63, 3]; None where they are not wanted
+
+
+@struct.dataclass
+class Replay:
+    """The latest N steps of every environment, in a ring along axis 0."""
+
+    steps: Steps
     head: Array  # Int[]: where the next step goes
     filled: Array  # Int[]
 
 
-@struct.dataclass
-class Windows:
-    """Sequences drawn from the replay, batch-major: [B, T, ...]. Frames are gathered where they are wanted only."""
-
-    tokens: Array
-    actions: Array
-    rewards: Array
-    dones: Array
-    frames: Array | None = None
-
-
 def init_replay(args: Args) -> Replay:
     shape = (args.replay_size // args.num_envs, args.num_envs)
-    frames, tokens = (
-        jnp.zeros((*shape, GRID * CELL, GRID * CELL, 3), jnp.uint8),
-        jnp.zeros((*shape, BLOCK - 1), jnp.uint16),
-    )
-    rest = jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool)
-    return Replay(*jax.device_put((frames, tokens, *rest), on_devices(1)), *jnp.zeros(2, jnp.int32))
+    tokens, frames = jnp.zeros((*shape, BLOCK - 1), jnp.uint16), jnp.zeros((*shape, *FRAME), jnp.uint8)
+    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames)
+    return Replay(jax.device_put(steps, on_devices(1)), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_to_replay(replay: Replay, rollout: Rollout, tokens: Array) -> Replay:
-    """Append T steps of every environment over the oldest ones."""
-    capacity, steps = len(replay.actions), len(tokens)
+def add_to_replay(replay: Replay, new: Steps) -> Replay:
+    """Append [T, B] steps over the oldest ones."""
+    capacity, steps = replay.steps.actions.shape[0], new.actions.shape[0]
     rows = (replay.head + jnp.arange(steps)) % capacity
-    new = (rollout.frames, tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones)
-    old = (replay.frames, replay.tokens, replay.actions, replay.rewards, replay.dones)
-    arrays = [ring.at[rows].set(values) for ring, values in zip(old, new, strict=True)]
-    return Replay(*arrays, (replay.head + steps) % capacity, jnp.minimum(replay.filled + steps, capacity))
+    ring = jax.tree.map(lambda old, values: old.at[rows].set(values), replay.steps, new)
+    return Replay(ring, (replay.head + steps) % capacity, jnp.minimum(replay.filled + steps, capacity))
 
 
-def sample_windows(replay: Replay, key: Array, batch: int, length: int, frames: bool) -> Windows:
-    """`batch` windows of `length` steps, uniform over environments and start times, none across the write head."""
-    key_env, key_start = jax.random.split(key)
-    env = jax.random.randint(key_env, (batch, 1), 0, replay.actions.shape[1])
+def sample_windows(replay: Replay, key: Array, batch: int, length: int) -> Steps:
+    """[batch, length] steps: windows uniform over environments and start times, none across the write head."""
+    (capacity, num_envs), (key_env, key_start) = replay.steps.actions.shape, jax.random.split(key)
+    env = jax.random.randint(key_env, (batch, 1), 0, num_envs)
     start = jax.random.randint(key_start, (batch, 1), 0, replay.filled - length + 1)  # steps after the oldest one
-    rows = (replay.head - replay.filled + start + jnp.arange(length)) % len(replay.actions)
-    arrays = (replay.tokens, replay.actions, replay.rewards, replay.dones) + ((replay.frames,) if frames else ())
-    return split_batch(Windows(*[array[rows, env] for array in arrays]), axis=0)
+    rows = (replay.head - replay.filled + start + jnp.arange(length)) % capacity
+    return split_batch(jax.tree.map(lambda ring: ring[rows, env], replay.steps), axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def world_model_step(
-    args: Args, vocabulary: int, model: WorldModelState, size: Array, replay: Replay, key: Array
+    args: Args, vocab: int, model: WorldModelState, size: Array, replay: Replay, key: Array
 ) -> tuple[WorldModelState, dict]:
     """One gradient step on fresh windows of the replay."""
     key_windows, key_dropout = jax.random.split(key)
-    windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, frames=False)
-    grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocabulary, size, windows, key_dropout)
+    windows = sample_windows(
+        replay.replace(steps=replay.steps.replace(frames=None)), key_windows, args.wm_batch_size, args.context + 1
+    )
+    grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.global_norm(grads)
     return WorldModelState(optax.apply_updates(model.params, updates), opt_state), logs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def heldout_logs(args: Args, vocabulary: int, params: Any, size: Array, rollout: Rollout, tokens: Array) -> dict:
-    """Losses and accuracies, without dropout, on the newest steps of a rollout that was never trained on."""
-    arrays = (tokens, rollout.actions, rollout.rewards, rollout.dones)
-    windows = Windows(*[array[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1) for array in arrays])
-    return world_model_loss(params, args, vocabulary, size, windows, None)[1]
+def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
+    """Losses and accuracies, without dropout, on the newest of [T, B] steps before any training on them."""
+    newest = steps.replace(frames=None), slice(-args.context - 1, None), slice(args.wm_batch_size)
+    windows = jax.tree.map(lambda x: x[newest[1:]].swapaxes(0, 1), newest[0])
+    return world_model_loss(params, args, vocab, size, windows, None)[1]
 
 
 # --- Imagination ---
 def imagine(
-    args: Args, vocabulary: int, policy: PolicyState, wm_params: Any, codebook: Codebook, windows: Windows, key: Array
+    args: Args, vocab: int, policy: PolicyState, wm_params: Any, codebook: Codebook, windows: Steps, key: Array
 ) -> Rollout:
-    """[TWM] rollouts of the policy inside the world model. The GRU is warmed up on the windows' first frames, the world
-    model starts from the last frame alone. A predicted end resets the GRU; the next sampled frame then counts as
-    the first of an episode. Windows of burn_in + 1 steps -> Rollout of imagination_steps.
+    """[TWM] a rollout of the policy inside the world model. The GRU is warmed up on the windows' first burn_in frames;
+    the world model starts from the frame after them alone. A predicted end resets the GRU, and the frame sampled with
+    it counts as the first of an episode.
     """
-    batch = len(windows.actions)
-    frames = windows.frames.swapaxes(0, 1)
+    batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
     resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])  # frame t starts one if t-1 ended it
     hidden = jnp.zeros((batch, args.gru_size))
     if args.burn_in:
-        _, _, hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)
+        hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
 
     def step(carry, inputs, length):
-        frame, reset, hidden, tokens, caches = carry
-        t, key = inputs
+        (frame, reset, hidden, tokens, caches), (t, key) = carry, inputs
         key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
-        (logits, reward, done), caches = WorldModel(args).apply(
-            {"params": wm_params}, tokens, actions, vocabulary, codebook.size, caches, t, length, method="step"
-        )
+        model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
+        (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length)
         tokens = jax.random.categorical(key_token, logits[:, 0])  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
         outputs = (frame, reset, actions, logprobs, values, rewards, dones)
         return (decode(codebook, tokens), dones, next_hidden, tokens, caches), outputs
 
-    key, key_last = jax.random.split(key)
     keys = jax.random.split(key, args.imagination_steps)
     carry = (frames[-1], resets[-1], hidden, windows.tokens[:, -1].astype(jnp.int32), empty_caches(args, batch))
     pieces, quarter = [], -(-args.imagination_steps // 4)
-    for start in range(0, args.imagination_steps, quarter):  # the cache is read no farther than its filled quarters
+    for start in range(0, args.imagination_steps, quarter):  # each quarter reads no more of the caches than it fills
         end = min(start + quarter, args.imagination_steps)
-        inputs = jnp.arange(start, end), keys[start:end]
-        carry, outputs = jax.lax.scan(functools.partial(step, length=end), carry, inputs)
+        carry, outputs = jax.lax.scan(
+            functools.partial(step, length=end), carry, (jnp.arange(start, end), keys[start:end])
+        )
         pieces.append(outputs)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
-    last_value = act(args, policy.params, *carry[:3], key_last, False)[2]
+    last_value = act(args, policy.params, *carry[:3], key, False)[2]  # its action goes unused
     return Rollout(*outputs, hidden[None], last_value[None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def imagination_step(
-    args: Args, vocabulary: int, policy: PolicyState, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
+    args: Args, vocab: int, policy: PolicyState, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
 ) -> tuple[PolicyState, dict]:
     """One imagined rollout from random places of the replay and one PPO step on all of it: on-policy, ratio 1."""
     key_windows, key_rollout = jax.random.split(key)
-    windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, frames=True)
-    rollout = imagine(args, vocabulary, policy, wm_params, codebook, windows, key_rollout)
-    advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
-    policy, logs = ppo_step(args, policy, rollout, advantages, targets)
-    return policy, {**logs, "reward_per_step": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
+    windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
+    rollout = imagine(args, vocab, policy, wm_params, codebook, windows, key_rollout)
+    policy, logs = ppo_step(args, policy, rollout, *advantages_and_targets(args, policy.value_norm, rollout))
+    return policy, {**logs, "reward_rate": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def replay_actions(
-    args: Args, vocabulary: int, given: int, wm_params: Any, size: Array, windows: Windows, key: Array
+    args: Args, vocab: int, given: int, wm_params: Any, size: Array, windows: Steps, key: Array
 ) -> Array:
-    """The world model's own frames under the windows' actions: it sees the first `given` true frames, then its samples.
+    """The world model's own frames under the actions of windows: it sees their first `given` frames, then its samples.
     Windows of at most context + 1 steps -> tokens Int[B, T, 81], the first `given` of them true.
     """
     true, steps = windows.tokens.astype(jnp.int32), windows.actions.shape[1] - 1
 
     def step(carry, inputs):
-        tokens, caches = carry
-        t, key = inputs
-        (logits, _, _), caches = WorldModel(args).apply(
-            {"params": wm_params}, tokens, windows.actions[:, t], vocabulary, size, caches, t, steps, method="step"
-        )
-        sampled = jax.random.categorical(key, logits[:, 0])
-        tokens = jnp.where(t + 1 < given, true[:, t + 1], sampled)
+        (tokens, caches), (t, key) = carry, inputs
+        model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
+        (logits, _, _), caches = model(tokens, windows.actions[:, t], vocab, size, caches, t, steps)
+        tokens = jnp.where(t + 1 < given, true[:, t + 1], jax.random.categorical(key, logits[:, 0]))
         return (tokens, caches), tokens
 
     carry = true[:, 0], empty_caches(args, len(true))
@@ -1118,25 +1026,31 @@ def replay_actions(
     return jnp.concatenate([true[:, :1], tokens.swapaxes(0, 1)], axis=1)
 
 
-# --- Run folder, checkpoints ---
+# --- Run folder ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
-    The first Ctrl-C or SIGTERM only sets `stop`, the second one ends the process. Raises UserError.
+    The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process. Raises UserError.
     """
 
     def __init__(self, args: Args, writes: bool = True):
         script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
-        self.folder = Path(args.resume or f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}")
-        self.writes, self.stop, self.wandb = writes, False, None  # of several processes, one writes
+        new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
+        self.folder, self.writes, self.stop, self.wandb = (
+            Path(args.resume or args.eval_only or new),
+            writes,
+            False,
+            None,
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
-        if not writes:
+        if not writes:  # of several processes, one writes
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-            shutil.copy(script, self.folder)
+            if not args.eval_only:
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+                shutil.copy(script, self.folder)
         except OSError as error:
             reason = f"cannot write to {self.folder} ({error.strerror})"
             raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
@@ -1145,9 +1059,9 @@ class Run:
                 import wandb
             except ImportError as error:
                 raise UserError("--track needs wandb, which is not installed: pip install wandb.") from error
-            settings = {"project": args.wandb_project, "mode": args.wandb_mode, "config": dataclasses.asdict(args)}
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
-            self.wandb = wandb.init(id=name, name=name, resume="allow", dir=str(self.folder), **settings)
+            where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
+            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
 
     def request_stop(self, number: int, frame: Any) -> None:
         print("stopping after this iteration; once more to stop at once", flush=True)
@@ -1164,8 +1078,9 @@ class Run:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
         for name, value in metrics.items():
-            way_out = f"try a lower learning rate, or --resume {self.folder} with one"
-            require(math.isfinite(value), f"{name} is {value} at step {step}: training has diverged; {way_out}.")
+            if not math.isfinite(value):
+                way_out = f"--resume {self.folder} with a lower learning rate"
+                raise UserError(f"{name} is {value} at step {step}: training has diverged; try {way_out}.")
         if self.writes:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -1177,8 +1092,7 @@ class Run:
         if self.writes:
             frames = np.asarray(frames).repeat(scale, axis=-3).repeat(scale, axis=-2)
             path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
-            options = {} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}
-            imageio.imwrite(path, frames, **options)
+            imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
                 import wandb
 
@@ -1189,7 +1103,7 @@ class Run:
 # --- end shared block: run folder ---
 
 
-# --- shared block: checkpoints ---
+# --- shared block: craftax run ---
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
     """Orbax writes a checkpoint aside and renames it when it is whole; the last two are kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -1210,29 +1124,103 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
     """The newest checkpoint that can be read, placed and shaped as `like`. Raises UserError if there is none."""
-    steps, problem = [], "it has none"
+    problem = "there is none"
     if (folder / "checkpoints").is_dir():
         with checkpoints(folder) as manager:
-            steps = sorted(manager.all_steps(), reverse=True)
-            for step in steps:
+            for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     return manager.restore(step, args=ocp.args.StandardRestore(like))
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
                     problem = f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                    print(f"warning: checkpoint {step} of {folder} cannot be used ({problem})", file=sys.stderr)
-    raise UserError(
-        f"{flag} {folder}: no checkpoint that fits these settings ({problem}); give a run folder of this script, without "
-        "flags that change the size of anything."
-    )
+                    print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)
+    way_out = f"name a run of {Path(__file__).name}, without flags that change a size"
+    raise UserError(f"{flag} {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
 
 
-# --- end shared block: checkpoints ---
+class Clock:
+    """Seconds of each phase of an iteration, compilation apart."""
+
+    compiling = 0.0  # seconds that this process has spent on it
+
+    @classmethod
+    def listen(cls, event: str, seconds: float, **_: Any) -> None:
+        cls.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+
+    def __init__(self):
+        self.logs, self.start = {}, Clock.compiling
+        self.last = time.perf_counter() - self.start
+
+    def lap(self, phase: str, wait_for: Any = None) -> None:
+        jax.block_until_ready(wait_for)
+        now = time.perf_counter() - Clock.compiling
+        self.logs[f"perf/seconds_{phase}"], self.last = max(0.0, now - self.last), now
+
+    def summary(self, env_steps: int) -> dict[str, float]:
+        logs = self.logs | {"perf/SPS": env_steps / sum(self.logs.values())}
+        logs["perf/compile_seconds"] = Clock.compiling - self.start
+        logs["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if stats := jax.local_devices()[0].memory_stats():
+            logs["perf/peak_device_memory_gb"] = stats["peak_bytes_in_use"] / 2**30
+        return logs
+
+
+def progress_line(args: Args, step: int, logs: dict[str, float], eta: float) -> str:
+    keys = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
+    values = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in keys if key in logs)
+    return f"step {step:,} of {args.total_steps:,}  {values}  ETA {eta / 3600:.0f}:{eta / 60 % 60:02.0f} h"
+
+
+def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
+    """First episodes in worlds that are the same for every run, with stochastic and with greedy actions. Writes
+    eval.json and a video of one episode of each.
+    """
+    result = {"step": step, "episodes": args.eval_episodes}
+    for mode in ("stochastic", "greedy"):
+        rows, frames = [], []
+        for batch in range(-(-args.eval_episodes // args.num_envs)):
+            key, part = jax.random.fold_in(jax.random.PRNGKey(0), batch), 0
+            carry, first = init_env(args, key), np.zeros((args.num_envs, 25))  # first: record of the first episode
+            while not first[:, 0].all():
+                part += 1
+                carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), mode == "greedy")
+                for t, row in enumerate(np.asarray(records)):
+                    if batch == 0 and not first[0, 0]:
+                        frames.append(np.asarray(rollout.frames[t, 0]))
+                    first = np.where(first[:, :1] == 0, row, first)
+            rows.append(first)
+        run.media(step, f"eval_{mode}", np.stack(frames))
+        rows = np.concatenate(rows)[: args.eval_episodes]  # Float[n, 25]
+        returns, rates = rows[:, 1], rows[:, 3:].mean(0)
+        result[mode] = {
+            "return_mean": returns.mean(),
+            "return_standard_error": returns.std(ddof=min(1, len(rows) - 1)) / math.sqrt(len(rows)),
+            "reward_percent": 100 / len(ACHIEVEMENTS) * returns.mean(),
+            "score_percent": score_percent(rates),
+            "length_mean": rows[:, 2].mean(),
+            "achievements": dict(zip(ACHIEVEMENTS, rates.tolist(), strict=True)),
+        }
+    text = json.dumps(result, indent=2, default=float)
+    if run.writes:
+        (run.folder / "eval.json").write_text(text)
+    print(text)
+
+
+def start_jax(args: Args) -> None:
+    """Join other processes, keep compiled programs for the next run, count the seconds spent on compiling."""
+    if args.distributed:
+        jax.distributed.initialize()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
+    jax.monitoring.register_event_duration_secs_listener(Clock.listen)
+
+
+# --- end shared block: craftax run ---
 
 
 # --- Training ---
 @struct.dataclass
 class TrainState:
-    """Everything that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
+    """All that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
 
     iteration: Array
     policy: PolicyState
@@ -1246,216 +1234,106 @@ class TrainState:
 def init_state(args: Args) -> TrainState:
     key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
     codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
-    policy, model = init_policy(args, key_policy), init_world_model(args, key_model)
-    shared = jax.device_put(
-        (jnp.zeros((), jnp.int32), policy, init_episode_sums(args), codebook, model), on_devices(None)
+    everywhere = (
+        jnp.zeros((), jnp.int32),
+        init_policy(args, key_policy),
+        jnp.zeros((1 + args.window_iterations, 25)),
+        codebook,
     )
-    iteration, policy, sums, codebook, model = shared
+    iteration, policy, sums, codebook = jax.device_put(everywhere, on_devices(None))
+    model = jax.device_put(init_world_model(args, key_model), on_devices(None))
     return TrainState(iteration, policy, init_env(args, key_env), sums, codebook, model, init_replay(args))
 
 
-def train_iteration(args: Args, state: TrainState, key: Array, clock: "Clock") -> tuple[TrainState, Rollout, dict]:
-    """[TWM] Algorithm 1, one round. Phases are Python loops over jitted steps, each on keys derived from its index."""
+def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
+    """[TWM] Algorithm 1, one round; the phases are Python loops over jitted steps."""
+    clock, logs, env_steps = Clock(), {}, args.num_envs * args.num_steps
     key_collect, key_model, key_imagine = jax.random.split(key, 3)
-    step = (int(state.iteration) + 1) * args.num_envs * args.num_steps
-    policy, model, logs = state.policy, state.model, {}
 
     # 1. Collect real steps.
-    env, rollout, records = collect(args, policy.params, state.env, key_collect)
-    sums = add_episodes(state.episode_sums, records)
-    logs |= episode_charts(clock.lap("collect", sums))
+    env, rollout, records = collect(args, state.policy.params, state.env, key_collect)
+    new, old = records.sum((0, 1))[None], state.episode_sums
+    sums = jnp.concatenate([old[:1] + new, old[2:], new])
+    logs |= episode_charts(sums)
+    clock.lap("collect", rollout)
 
     # 2. PPO on them.
-    policy, log = ppo_update(args, policy, rollout)
+    policy, log = ppo_update(args, state.policy, rollout)
     logs |= {f"losses/real_{name}": value for name, value in log.items()}
     clock.lap("policy_real")
 
-    # 3a. Grow the tokenizer on every new frame, tokenize them, append to the replay.
+    # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
-    vocabulary = live_vocabulary(args, codebook)
-    heldout = heldout_logs(args, vocabulary, model.params, codebook.size, rollout, tokens)
-    replay = add_to_replay(state.replay, rollout, tokens)
-    logs |= {f"world_model/heldout_{name}": float(value) for name, value in heldout.items()}
-    logs |= {
-        "world_model/codes": float(codebook.size),
-        "world_model/replay_filled": float(replay.filled * args.num_envs),
-    }
+    size, vocab = codebook.size, live_vocabulary(args, codebook)
+    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
+    log = heldout_logs(args, vocab, state.model.params, size, new)
+    logs |= {f"world_model/heldout_{name}": float(value) for name, value in log.items()}
+    replay = add_to_replay(state.replay, new)
+    logs |= {"world_model/codes": float(size), "world_model/replay_steps": float(replay.filled * args.num_envs)}
     clock.lap("tokenizer", replay)
 
     # 3b. Train the world model.
-    log = []
-    for i in range(args.wm_updates):
-        key = jax.random.fold_in(key_model, i)
-        model, one = world_model_step(args, vocabulary, model, codebook.size, replay, key)
+    model, log = state.model, []
+    for key in jax.random.split(key_model, args.wm_updates):
+        model, one = world_model_step(args, vocab, model, size, replay, key)
         log.append(one)
     logs |= {f"losses/world_model_{name}": value for name, value in mean_of(log).items()}
     clock.lap("world_model")
 
-    # 4. PPO on imagined rollouts.
-    log = []
-    for i in range(args.imagination_updates if step >= args.warmup_steps else 0):
-        key = jax.random.fold_in(key_imagine, i)
-        policy, one = imagination_step(args, vocabulary, policy, model.params, codebook, replay, key)
+    # 4. PPO on imagined rollouts, once the warmup is over.
+    warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
+    for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
+        policy, one = imagination_step(args, vocab, policy, model.params, codebook, replay, key)
         log.append(one)
     logs |= {f"losses/imagined_{name}": value for name, value in mean_of(log).items()}
     clock.lap("imagination")
-    return TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay), rollout, logs
-
-
-# --- shared block: clock ---
-class Clock:
-    """Seconds of each phase of an iteration, compilation apart."""
-
-    compiled = 0.0  # seconds that this process has spent compiling
-
-    def __init__(self, env_steps: int):
-        self.env_steps, self.seconds = env_steps, {}
-        self.start = self.last = (time.perf_counter(), Clock.compiled)
-
-    def lap(self, phase: str, wait_for: Any = None) -> Any:
-        jax.block_until_ready(wait_for)
-        now = (time.perf_counter(), Clock.compiled)
-        self.seconds[phase] = max(0.0, now[0] - self.last[0] - (now[1] - self.last[1]))
-        self.last = now
-        return wait_for
-
-    def logs(self) -> dict[str, float]:
-        logs = {f"perf/seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
-        logs["perf/SPS"] = self.env_steps / max(sum(self.seconds.values()), 1e-9)
-        logs["perf/compile_seconds"] = self.last[1] - self.start[1]
-        logs["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            logs["perf/peak_device_memory_gb"] = stats["peak_bytes_in_use"] / 2**30
-        return logs
-
-
-def start_jax(args: Args) -> None:
-    """Join other processes, keep compiled programs between runs, and count the seconds spent on compiling."""
-    if args.distributed:
-        jax.distributed.initialize()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
-
-    def count(event, seconds, **_):
-        Clock.compiled += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-
-
-def progress_line(step: int, args: Args, logs: dict[str, float], eta: float) -> str:
-    shown = {
-        "return": "charts/episodic_return",
-        "reward %": "charts/reward_percent",
-        "score %": "charts/score_percent",
-        "steps/s": "perf/SPS",
-    }
-    parts = [f"{name} {logs[key]:.2f}" for name, key in shown.items() if key in logs]
-    return (
-        f"step {step:>9,}/{args.total_steps:,}  "
-        + "  ".join(parts)
-        + f"  ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}"
-    )
-
-
-# --- end shared block: clock ---
+    state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
+    return state, rollout, logs | clock.summary(env_steps)
 
 
 def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
-    """Codebook, rollout video, and true against imagined frames under the same actions: true frames have a green
-    border, imagined ones a red one.
+    """The codebook, one environment's rollout, and four true sequences, each above its imagined copy under the same
+    actions: true frames have a green border, imagined ones a red one.
     """
-    codes = np.asarray(state.codebook.codes).reshape(-1, CELL, CELL, 3)
-    codes = np.pad(codes[: -(-int(state.codebook.size) // 32) * 32], ((0, 0), (0, 1), (0, 1), (0, 0)))
-    rows = codes.reshape(-1, 32, CELL + 1, CELL + 1, 3).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3)
-    run.media(step, "codebook", rows)
+    codes = np.zeros((-(-int(state.codebook.size) // 32) * 32, CELL + 1, CELL + 1, 3), np.uint8)
+    codes[:, :-1, :-1] = np.asarray(state.codebook.codes[: len(codes)]).reshape(-1, CELL, CELL, 3)
+    run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
     run.media(step, "rollout", rollout.frames[:, 0])
-    given = max(1, args.context // 4)
-    key_windows, key_tokens = jax.random.split(key)
-    windows = sample_windows(state.replay, key_windows, 4, args.context + 1, frames=True)
-    vocabulary = live_vocabulary(args, state.codebook)
-    tokens = replay_actions(args, vocabulary, given, state.model.params, state.codebook.size, windows, key_tokens)
-    imagined = jax.vmap(decode, (None, 0))(state.codebook, tokens)
-    strip = []
-    for true, dream in zip(np.asarray(windows.frames), np.asarray(imagined), strict=True):
-        for frames, first_dreamt in ((true, len(true)), (dream, given)):
-            padded = np.pad(frames, ((0, 0), (2, 2), (2, 2), (0, 0)))
-            edge = np.pad(np.zeros(frames.shape[1:3], bool), 2, constant_values=True)
-            for t, image in enumerate(padded):
-                image[edge] = (220, 40, 40) if t >= first_dreamt else (40, 160, 60)
-            strip.append(np.concatenate(list(padded), axis=1))
-    run.media(step, "imagined_vs_true", np.concatenate(strip), scale=2)
-
-
-# --- shared block: evaluate ---
-def evaluate(args: Args, run: Run, params: Any, step: int) -> dict[str, Any]:
-    """First episodes of freshly made worlds, the same for every run, with stochastic and with greedy actions. Writes
-    eval.json and a video of the first episode of each.
-    """
-    result = {"step": step, "episodes": args.eval_episodes}
-    for greedy in (False, True):
-        mode, rows = "greedy" if greedy else "stochastic", []
-        for batch in range(-(-args.eval_episodes // args.num_envs)):
-            key = jax.random.fold_in(jax.random.PRNGKey(0), batch)
-            carry, first, frames, part = init_env(args, key), np.zeros((args.num_envs, 25)), [], 0
-            while not first[:, 0].all():
-                part += 1
-                carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), greedy)
-                records = np.asarray(records)  # Float[T, B, 25]
-                if batch == 0 and not first[0, 0]:
-                    end = records[:, 0, 0].argmax() if records[:, 0, 0].any() else args.num_steps
-                    frames.append(np.asarray(rollout.frames[: end + 1, 0]))
-                for row in records:
-                    first = np.where(first[:, :1] == 0, row, first)
-            rows.append(first)
-            if batch == 0:
-                run.media(step, f"eval_{mode}", np.concatenate(frames))
-        rows = np.concatenate(rows)[: args.eval_episodes]  # Float[n, 25]
-        returns, rates = rows[:, 1], rows[:, 3:].mean(0)
-        result[mode] = {
-            "return_mean": float(returns.mean()),
-            "return_standard_error": float(returns.std(ddof=min(1, len(rows) - 1)) / math.sqrt(len(rows))),
-            "reward_percent": float(returns.mean() / len(ACHIEVEMENTS) * 100),
-            "score_percent": score_percent(rates),
-            "length_mean": float(rows[:, 2].mean()),
-            "achievements": {name: float(rate) for name, rate in zip(ACHIEVEMENTS, rates, strict=True)},
-        }
-    if run.writes:
-        (run.folder / "eval.json").write_text(json.dumps(result, indent=2))
-    return result
-
-
-# --- end shared block: evaluate ---
+    given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)
+    windows = sample_windows(state.replay, key_windows, 4, args.context + 1)
+    vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
+    tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
+    frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)  # UInt8[4, 2, T, 63, 63, 3]
+    framed = np.full((*frames.shape[:3], GRID * CELL + 4, GRID * CELL + 4, 3), (40, 160, 60), np.uint8)
+    framed[:, 1, given:] = (220, 40, 40)
+    framed[..., 2:-2, 2:-2, :] = frames
+    run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
 
 
 def train(args: Args) -> None:
     """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
     run = Run(args, writes=jax.process_index() == 0)
     env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args))))
-    free = shutil.disk_usage(run.folder).free
-    require(
-        free > 3 * size,
-        f"--runs-dir {args.runs_dir}: {free / 1e9:.1f} GB are free, three checkpoints may need {3 * size / 1e9:.1f} GB; "
-        "make room or name a folder on another disk.",
+    needed = 3 * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args)))
     )
+    if (free := shutil.disk_usage(run.folder).free) < needed:
+        reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
+        raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
     state = init_state(args)
     if args.resume:
         state = load_checkpoint("--resume", run.folder, state)
         run.rewind(int(state.iteration) * env_steps)
-    print(
-        f"{run.folder}: {count(state.policy.params):,} policy and {count(state.model.params):,} world-model parameters"
-    )
+    print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
     started, first = time.perf_counter(), int(state.iteration)
     for iteration in range(first, args.num_iterations):
         # The key depends on the iteration alone: a resumed run draws what the uninterrupted one would have drawn.
-        key, clock, step = jax.random.fold_in(base_key, iteration), Clock(env_steps), (iteration + 1) * env_steps
-        state, rollout, logs = train_iteration(args, state, key, clock)
-        logs |= clock.logs()
+        key, step = jax.random.fold_in(base_key, iteration), (iteration + 1) * env_steps
+        state, rollout, logs = train_iteration(args, state, key)
         run.log(step, logs)
-        done, last = iteration + 1 - first, iteration + 1 == args.num_iterations
-        eta = (time.perf_counter() - started) / done * (args.num_iterations - iteration - 1)
-        print(progress_line(step, args, logs, eta), flush=True)
+        left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
+        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
+        print(progress_line(args, step, logs, eta), flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
             write_media(args, run, step, state, rollout, key)
         if (iteration + 1) % args.save_every == 0 or last or run.stop:
@@ -1464,27 +1342,21 @@ def train(args: Args) -> None:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
-        print(json.dumps(evaluate(args, run, state.policy.params, args.num_iterations * env_steps)))
-
-
-def count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+        evaluate(args, run, state.policy.params, args.num_iterations * env_steps)
 
 
 def dry_run(args: Args) -> None:
-    """Print what a run would take: parameters, work per iteration, memory, and an ETA from one measured step."""
-    policy, model = jax.eval_shape(
-        lambda: (init_policy(args, jax.random.PRNGKey(0)), init_world_model(args, jax.random.PRNGKey(0)))
-    )
+    """Print what a run would take: parameters, memory, work per iteration, and its time from one measured step."""
+    vocab, key = min(args.codebook_size, 512), jax.random.PRNGKey(0)
+    policy, model, replay = init_policy(args, key), init_world_model(args, key), init_replay(args)
     ...
 
 
 def main() -> None:
     try:
         args = parse_args()
-        check_args(args)
         start_jax(args)
-        check_devices(**{"--num-envs": args.num_envs})
+        check_args(args)
         if args.dry_run:
             dry_run(args)
         elif args.eval_only:
@@ -1494,7 +1366,8 @@ def main() -> None:
         else:
             train(args)
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

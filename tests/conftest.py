@@ -1,0 +1,184 @@
+"""What several test files share: the script as a module, tiny settings, runs of the command line, a toy world."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+# Before jax is imported: the numbers below are those of a CPU, and processes that tests start share compiled programs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jax_compilation_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import twm_dyna_craftax as twm  # noqa: E402
+
+SCRIPT = ROOT / "twm_dyna_craftax.py"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Settings of the smoke preset with some of them changed."""
+    return lambda **changes: dataclasses.replace(twm.PRESETS["smoke"], **changes)
+
+
+# --- The command line ---
+def start_script(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """The script as a user starts it, in `folder`, where a module named wandb ends whoever imports it."""
+    (folder / "poison").mkdir(exist_ok=True)
+    (folder / "poison" / "wandb.py").write_text('import os\nprint("wandb was imported", flush=True)\nos._exit(99)\n')
+    environment = {**os.environ, "PYTHONPATH": str(folder / "poison"), **(environment or {})}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **options)
+
+
+def run_script(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> SimpleNamespace:
+    """Runs it to its end: exit code, stdout, stderr and the run folder that it made, if it made one."""
+    process = start_script(folder, *flags, environment=environment)
+    out, err = process.communicate(timeout=900)
+    made = sorted((folder / "runs").glob("*__*"))
+    return SimpleNamespace(code=process.returncode, out=out, err=err, folder=made[-1] if made else None)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """One whole smoke run of four iterations, uninterrupted; most tests of runs look at this one. Do not change it."""
+    run = run_script(tmp_path_factory.mktemp("smoke"), "--preset", "smoke")
+    assert run.code == 0, run.out + run.err
+    return run
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys, tmp_path):
+    """The command line without a process of its own: call_main(flags...) -> exit code, stdout, stderr. Run folders go
+    below tmp_path / "runs".
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, flags)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        code, message = 0, ""
+        try:
+            twm.main()
+        except SystemExit as end:  # as the interpreter does: a text is printed and exits with 1
+            code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capsys.readouterr()
+        return code, out, err + message
+
+    return call
+
+
+@pytest.fixture
+def stub_iteration(monkeypatch):
+    """Replaces the iteration by one that only counts, so that a test of the loop around it takes no time."""
+
+    def iteration(args, state, key, clock):
+        logs = {"losses/stub": float(state.iteration)}
+        return state.replace(iteration=state.iteration + 1, episode_sums=state.episode_sums + 1.0), None, logs
+
+    monkeypatch.setattr(twm, "train_iteration", iteration)
+    return ("--preset", "smoke", "--media-every", "0", "--eval-episodes", "0")  # flags that suit it
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def state_of(folder: Path):
+    """The newest checkpoint of a run folder, as numpy arrays."""
+    args = twm.parse_args(["--resume", str(folder)])
+    return jax.device_get(twm.load_checkpoint("--resume", folder, twm.init_state(args)))
+
+
+# --- Real experience ---
+@pytest.fixture(scope="session")
+def rollouts():
+    """Twelve rollouts of the smoke preset, by day and by night, some of whose episodes end on the way."""
+    args = twm.PRESETS["smoke"]
+    params = twm.init_policy(args, jax.random.PRNGKey(0)).params
+    carry, made = twm.init_env(args, jax.random.PRNGKey(1)), []
+    for i in range(12):
+        start = np.array([0, 200, 9_990, 100])  # step of the day; darkest about 210; the 10,000th step is the last
+        if i % 4 == 0:
+            timestep = jnp.asarray(start + 40 * (i // 4) * (start < 9_000), carry.state.timestep.dtype)
+            carry = carry.replace(state=carry.state.replace(timestep=timestep))
+        before = carry
+        carry, rollout, records = twm.collect(args, params, carry, jax.random.PRNGKey(100 + i))
+        made.append(SimpleNamespace(before=before, after=carry, rollout=rollout, records=np.asarray(records)))
+    assert sum(int(one.rollout.dones.sum()) for one in made) >= 3
+    return SimpleNamespace(args=args, params=params, all=made)
+
+
+# --- A toy world ---
+TOY_CODES = 6
+TOY_PATTERN = np.random.default_rng(0).choice(2, size=81, p=[0.7, 0.3])
+
+
+def toy_frame(mode):
+    """Int[...] mode of the toy -> its tokens Int[..., 81]."""
+    return (np.asarray(mode)[..., None] + TOY_PATTERN) % TOY_CODES
+
+
+def toy_step(mode, action):
+    """Everything that happens in the toy: next mode, reward, done. Each depends on mode and action, by no chance."""
+    mode, push = np.asarray(mode), np.asarray(action) % 3
+    return (mode + push) % TOY_CODES, (push == 1) & (mode % 2 == 0), (push == 2) & (mode == 3)
+
+
+@pytest.fixture(scope="session")
+def toy(tiny):
+    """Sixteen sequences of the toy world, a world model that has memorised all of it, and how its losses fell."""
+    args = tiny(context=3, imagination_steps=3, wm_size=48, wm_layers=2, burn_in=2, imagination_envs=6)
+    rng = np.random.default_rng(1)
+    codes = jnp.zeros((args.codebook_size, 147), jnp.uint8)
+    codebook = twm.Codebook(codes.at[:TOY_CODES].set(rng.integers(0, 256, (TOY_CODES, 147))), jnp.int32(TOY_CODES))
+
+    def windows(batch, length, seed):
+        rng = np.random.default_rng(seed)
+        actions = rng.integers(0, twm.NUM_ACTIONS, (batch, length))
+        mode, modes, rewards, dones = rng.integers(0, TOY_CODES, batch), [], [], []
+        for t in range(length):
+            modes.append(mode)
+            mode, reward, done = toy_step(mode, actions[:, t])
+            rewards.append(reward)
+            dones.append(done)
+        modes, rewards, dones = (np.stack(x, axis=1) for x in (modes, rewards, dones))
+        tokens = toy_frame(modes)
+        frames = np.stack([np.asarray(twm.decode(codebook, jnp.asarray(one))) for one in tokens])
+        arrays = tokens.astype(np.uint16), actions.astype(np.uint8), rewards.astype(np.float32), dones, frames
+        return twm.Windows(*map(jnp.asarray, arrays))
+
+    @jax.jit
+    def update(model, windows):
+        inputs = model.params, args, 256, codebook.size, windows, None
+        grads, logs = jax.grad(twm.world_model_loss, has_aux=True)(*inputs)
+        updates, opt_state = twm.adam(args, 3e-3).update(grads, model.opt_state)
+        return twm.WorldModelState(jax.tree.map(jnp.add, model.params, updates), opt_state), logs
+
+    def train(model, batches):
+        for batch in batches:
+            model, logs = update(model, batch)
+        return model, jax.device_get(logs)
+
+    return SimpleNamespace(args=args, codebook=codebook, windows=windows, train=train)
