@@ -89,8 +89,8 @@ def call_main(monkeypatch, capsys, tmp_path):
 def stub_iteration(monkeypatch):
     """Replaces the iteration by one that only counts, so that a test of the loop around it takes no time."""
 
-    def iteration(args, state, key, clock):
-        logs = {"losses/stub": float(state.iteration)}
+    def iteration(args, state, key):
+        logs = {"losses/stub": float(state.iteration), "perf/SPS": 1.0}
         return state.replace(iteration=state.iteration + 1, episode_sums=state.episode_sums + 1.0), None, logs
 
     monkeypatch.setattr(twm, "train_iteration", iteration)
@@ -167,7 +167,7 @@ def toy(tiny):
         tokens = toy_frame(modes)
         frames = np.stack([np.asarray(twm.decode(codebook, jnp.asarray(one))) for one in tokens])
         arrays = tokens.astype(np.uint16), actions.astype(np.uint8), rewards.astype(np.float32), dones, frames
-        return twm.Windows(*map(jnp.asarray, arrays))
+        return twm.Steps(*map(jnp.asarray, arrays))
 
     @jax.jit
     def update(model, windows):

@@ -120,7 +120,7 @@ def test_policy_with_a_reset_inside_equals_two_separate_sequences(tiny, encoder)
         np.testing.assert_allclose(whole[i][:2], first[i], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(whole[i][2:, 1], second[i][:, 1], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(whole[i][:, 0], unbroken[i][:, 0], rtol=1e-4, atol=1e-5)
-        assert np.abs(whole[i] - unbroken[i])[2:, 1].max() > 1e-3
+        assert np.abs(whole[i] - unbroken[i])[2:, 1].max() > 1e-4  # ten times the tolerance
     np.testing.assert_allclose(whole[2][1], second[2][1], rtol=1e-4, atol=1e-5)
 
 
@@ -155,10 +155,11 @@ def test_actions_come_with_their_own_logprobs_and_greedy_takes_the_likeliest(tin
     params["Tower_0"] = jax.tree.map(lambda leaf: leaf * 3, params["Tower_0"])  # less uniform actions
     frame = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 63, 63, 3), np.uint8))
     inputs = frame, jnp.zeros(64, bool), jnp.zeros((64, args.gru_size))
-    logits, values, hidden = twm.Policy(args).apply({"params": params}, inputs[0][None], inputs[1][None], inputs[2])
+    apply, act = jax.jit(twm.Policy(args).apply), jax.jit(twm.act, static_argnums=0)
+    logits, values, hidden = apply({"params": params}, inputs[0][None], inputs[1][None], inputs[2])
     expected = jax.nn.log_softmax(logits[0])
     for greedy in (False, True):
-        actions, logprobs, value, after = twm.act(args, params, *inputs, jax.random.PRNGKey(3), greedy)
+        actions, logprobs, value, after = act(args, params, *inputs, jax.random.PRNGKey(3), greedy)
         np.testing.assert_allclose(logprobs, expected[np.arange(64), actions], rtol=1e-5)
         np.testing.assert_allclose(value, values[0], rtol=1e-5)
         np.testing.assert_allclose(after, hidden, rtol=1e-5)
@@ -210,7 +211,7 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_moves_afterwards(rollouts):
     """Only if replaying a rollout as one sequence, in minibatches, with its resets and its first hidden state, gives
     what the policy did step by step.
     """
-    args, one = rollouts.args, rollouts.all[2]
+    args, one = rollouts.args, rollouts.all[1]
     assert one.rollout.resets[1:].any(), "choose a rollout with an episode end inside"
     assert np.abs(one.rollout.hidden).max() > 1e-3, "choose a rollout that starts amid an episode"
     state = twm.init_policy(args, jax.random.PRNGKey(0))
@@ -224,7 +225,7 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_moves_afterwards(rollouts):
 
 
 def test_minibatches_are_whole_environments_in_order(rollouts):
-    args, rollout = rollouts.args, rollouts.all[2].rollout
+    args, rollout = rollouts.args, rollouts.all[1].rollout
     state = twm.init_policy(args, jax.random.PRNGKey(0))
     advantages, targets = twm.advantages_and_targets(args, state.value_norm, rollout)
     part = jax.tree.map(lambda leaf: leaf[:, 2:], (rollout, advantages, targets))  # the second of two pairs

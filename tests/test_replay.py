@@ -13,21 +13,19 @@ import twm_dyna_craftax as twm
 ENVS, STEPS, WINDOW = 3, 4, 4
 
 
-def rollout_at(step):
-    """A rollout whose every field tells the step and the environment it comes from, and its tokens."""
+def steps_at(step):
+    """Four steps, every field of which tells the step and the environment it comes from."""
     t, b = np.meshgrid(step + np.arange(STEPS), np.arange(ENVS), indexing="ij")
     frames = np.broadcast_to((t + 50 * b)[..., None, None, None] % 256, (STEPS, ENVS, 63, 63, 3)).astype(np.uint8)
     tokens = np.broadcast_to((t + 1000 * b)[..., None], (STEPS, ENVS, 81)).astype(np.uint16)
-    actions, rewards, dones = (t + b) % 17, t + 1000.0 * b, (t + b) % 5 == 0
-    none = np.zeros((STEPS, ENVS), np.float32)
-    rollout = twm.Rollout(frames, dones, actions, none, none, rewards.astype(np.float32), dones, none[:1], none[:1])
-    return jax.tree.map(jnp.asarray, rollout), jnp.asarray(tokens)
+    actions, rewards, dones = ((t + b) % 17).astype(np.uint8), (t + 1000 * b).astype(np.float32), (t + b) % 5 == 0
+    return jax.tree.map(jnp.asarray, twm.Steps(tokens, actions, rewards, dones, frames))
 
 
 def filled_replay(tiny, replay_size, steps):
     replay = twm.init_replay(tiny(num_envs=ENVS, num_steps=STEPS, replay_size=replay_size))
     for step in range(0, steps, STEPS):
-        replay = twm.add_to_replay(replay, *rollout_at(step))
+        replay = twm.add_to_replay(replay, steps_at(step))
     return replay
 
 
@@ -41,23 +39,23 @@ def test_it_keeps_exactly_the_latest_steps(tiny, case):
     replay, capacity = filled_replay(tiny, replay_size, steps), replay_size // ENVS
     kept = range(max(0, steps - capacity), steps)
     assert replay.filled == len(kept) and replay.head == steps % capacity
-    assert replay.actions.shape == (capacity, ENVS)
+    assert replay.steps.actions.shape == (capacity, ENVS)
     model = {}  # where a list written round and round holds what, by the plainest rule
     for step in range(steps):
         model[step % capacity] = step
     for row, step in model.items():
-        rollout, tokens = rollout_at(step)
-        np.testing.assert_array_equal(replay.tokens[row], tokens[0])
-        for name in ("frames", "actions", "rewards", "dones"):
-            np.testing.assert_array_equal(getattr(replay, name)[row], getattr(rollout, name)[0], err_msg=name)
+        found, expected = jax.tree.leaves(replay.steps), jax.tree.leaves(steps_at(step))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one[row], other[0])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_windows_are_uniform_and_never_cross_the_write_head(tiny, case):
     replay_size, steps = CASES[case]
     replay, capacity = filled_replay(tiny, replay_size, steps), replay_size // ENVS
-    sample = jax.jit(twm.sample_windows, static_argnums=(2, 3, 4))
-    windows = jax.device_get(sample(replay, jax.random.PRNGKey(7), 20_000, WINDOW, False))
+    sample = jax.jit(twm.sample_windows, static_argnums=(2, 3))
+    replay = replay.replace(steps=replay.steps.replace(frames=None))
+    windows = jax.device_get(sample(replay, jax.random.PRNGKey(7), 20_000, WINDOW))
     env, step = np.divmod(windows.rewards.astype(int), 1000)  # Int[batch, T]
     assert (env == env[:, :1]).all(), "a window changes environment"
     np.testing.assert_array_equal(step, step[:, :1] + np.arange(WINDOW), err_msg="a window is not consecutive")
@@ -75,7 +73,7 @@ def test_windows_are_uniform_and_never_cross_the_write_head(tiny, case):
 
 def test_windows_bring_their_own_frames(tiny):
     replay = filled_replay(tiny, 35, 48)
-    windows = jax.device_get(twm.sample_windows(replay, jax.random.PRNGKey(0), 50, WINDOW, True))
+    windows = jax.device_get(twm.sample_windows(replay, jax.random.PRNGKey(0), 50, WINDOW))
     env, step = np.divmod(windows.rewards.astype(int), 1000)
     assert windows.frames.shape == (50, WINDOW, 63, 63, 3)
     np.testing.assert_array_equal(windows.frames.min((2, 3, 4)), (step + 50 * env) % 256)
@@ -84,12 +82,12 @@ def test_windows_bring_their_own_frames(tiny):
 
 def test_different_keys_draw_different_windows(tiny):
     replay = filled_replay(tiny, 35, 48)
-    one, same, other = (twm.sample_windows(replay, jax.random.PRNGKey(k), 50, WINDOW, False).rewards for k in (1, 1, 2))
+    one, same, other = (twm.sample_windows(replay, jax.random.PRNGKey(k), 50, WINDOW).rewards for k in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
 
 
 def test_the_papers_replay_fits_into_two_gigabytes():
     replay = jax.eval_shape(lambda: twm.init_replay(twm.PRESETS["paper"]))  # shapes only
-    assert replay.actions.shape == (128_000 // 48, 48)
+    assert replay.steps.actions.shape == (128_000 // 48, 48)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(replay)) < 2e9

@@ -1,0 +1,148 @@
+"""Imagination: a world model that knows a toy world by heart must reproduce it, and the policy must learn from it as
+from real experience.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TOY_CODES, metrics_of, toy_frame, toy_step
+
+import twm_dyna_craftax as twm
+
+
+@pytest.fixture(scope="module")
+def dream(toy):
+    """The toy, memorised: logits far apart, so that sampling cannot miss. With a policy, and windows to start from."""
+    model = twm.init_world_model(toy.args, jax.random.PRNGKey(1))
+    batches = [toy.windows(16, toy.args.context + 1, seed=i % 40).replace(frames=None) for i in range(500)]
+    model, logs = toy.train(model, batches)
+    assert logs["token_accuracy"] > 0.999, f"the toy was not learnt: {logs}"
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    for name in ("token_kernel", "token_bias", "reward_out", "done_out"):  # the last layers: softmax at temperature 1/40
+        params[name] = jax.tree.map(lambda leaf: leaf * 40, params[name])
+    toy.params = params
+    toy.policy = twm.init_policy(toy.args, jax.random.PRNGKey(2))
+    toy.start = toy.windows(batch=12, length=toy.args.burn_in + 1, seed=100)
+    imagine = jax.jit(twm.imagine, static_argnums=(0, 1))
+    toy.imagine = lambda policy, windows, key: imagine(toy.args, 256, policy, params, toy.codebook, windows, key)
+    return toy
+
+
+def modes_of(dream, frames):
+    """Toy frames UInt8[..., 63, 63, 3] -> their modes; fails if a frame is none of the toy's six."""
+    known = np.asarray(twm.decode(dream.codebook, jnp.asarray(toy_frame(np.arange(TOY_CODES)))))
+    frames = np.asarray(frames)
+    same = (frames[..., None, :, :, :] == known).all((-1, -2, -3))  # Bool[..., 6]
+    assert (same.sum(-1) == 1).all(), "a frame is none of the toy's"
+    return same.argmax(-1)
+
+
+@pytest.fixture(scope="module")
+def rollout(dream):
+    return jax.device_get(dream.imagine(dream.policy, dream.start, jax.random.PRNGKey(3)))
+
+
+def test_an_imagined_rollout_reproduces_the_toy_exactly(dream, rollout):
+    np.testing.assert_array_equal(rollout.frames[0], dream.start.frames[:, -1])  # it starts at the last real frame
+    modes = modes_of(dream, rollout.frames)  # Int[T, B]
+    mode = modes[0]
+    for t in range(dream.args.imagination_steps):
+        np.testing.assert_array_equal(modes[t], mode, err_msg=f"frame {t}")
+        mode, reward, done = toy_step(mode, rollout.actions[t])
+        np.testing.assert_array_equal(rollout.rewards[t], reward, err_msg=f"reward {t}")
+        np.testing.assert_array_equal(rollout.dones[t], done, err_msg=f"done {t}")
+    np.testing.assert_array_equal(rollout.resets[1:], rollout.dones[:-1])
+    np.testing.assert_array_equal(rollout.resets[0], dream.start.dones[:, -2])
+    assert rollout.dones[:-1].any() and rollout.rewards.any() and len(np.unique(rollout.actions)) > 8
+
+
+def test_replayed_actions_reproduce_the_toy_exactly(dream):
+    windows = dream.windows(batch=8, length=dream.args.context + 1, seed=200)
+    wrong = windows.replace(tokens=windows.tokens.at[:, 1:].set(0))  # nothing to copy from
+    key = jax.random.PRNGKey(0)
+    tokens = twm.replay_actions(dream.args, 256, 1, dream.params, dream.codebook.size, wrong, key)
+    np.testing.assert_array_equal(tokens, windows.tokens)
+
+
+def test_given_frames_are_true_and_the_following_ones_go_on_from_them(dream):
+    windows = dream.windows(batch=8, length=dream.args.context + 1, seed=300)
+    jump = toy_frame(np.arange(8) % TOY_CODES)  # the second frame is replaced by another, which the model must go on from
+    windows = windows.replace(tokens=windows.tokens.at[:, 1].set(jump.astype(np.uint16)))
+    key = jax.random.PRNGKey(0)
+    tokens = twm.replay_actions(dream.args, 256, 2, dream.params, dream.codebook.size, windows, key)
+    np.testing.assert_array_equal(tokens[:, :2], windows.tokens[:, :2])
+    mode = toy_step(np.arange(8) % TOY_CODES, windows.actions[:, 1])[0]
+    np.testing.assert_array_equal(tokens[:, 2], toy_frame(mode))
+
+
+def test_the_gru_is_warmed_up_with_resets_one_frame_after_each_end(dream, rollout):
+    """By hand, one frame at a time: the state is zeroed before a frame whose predecessor ended an episode."""
+    policy = jax.jit(lambda *x: twm.Policy(dream.args).apply({"params": dream.policy.params}, *x))
+    ends = np.zeros((12, dream.args.burn_in + 1), bool)
+    ends[:3, 0], ends[3:6, 1], ends[6:9, 2] = True, True, True
+    windows = dream.start.replace(dones=jnp.asarray(ends))
+    found = jax.device_get(dream.imagine(dream.policy, windows, jax.random.PRNGKey(3)))
+    hidden, never = np.zeros((12, dream.args.gru_size), np.float32), np.zeros((1, 12), bool)
+    for t in range(dream.args.burn_in):
+        if t:
+            hidden = np.where(ends[:, t - 1, None], 0, hidden)
+        hidden = policy(windows.frames[:, t][None], never, hidden)[2]
+    np.testing.assert_allclose(found.hidden[0], hidden, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.resets[0], ends[:, -2])  # what ended with the last frame but one; not ends[:, -1]
+    early = np.abs(found.hidden[0] - rollout.hidden[0]).max(1)
+    assert dream.args.burn_in == 2 and (early[:3] > 1e-4).all()  # the reset within the burn-in made a difference
+
+
+def test_predicted_ends_reset_the_gru_and_what_was_sampled_is_what_the_policy_said(dream, rollout):
+    """The policy run once over the imagined sequence, by hand, gives the recorded values and log-probabilities."""
+    policy = jax.jit(lambda *x: twm.Policy(dream.args).apply({"params": dream.policy.params}, *x))
+    hidden, values, logprobs = rollout.hidden[0], [], []
+    for t in range(dream.args.imagination_steps):
+        hidden = np.where(rollout.resets[t][:, None], 0, hidden)
+        logits, value, hidden = policy(rollout.frames[t][None], np.zeros((1, 12), bool), hidden)
+        values.append(value[0])
+        logprobs.append(jax.nn.log_softmax(logits[0])[np.arange(12), rollout.actions[t]])
+    np.testing.assert_allclose(rollout.values, values, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(rollout.logprobs, logprobs, rtol=1e-3, atol=1e-4)
+    mode = toy_step(modes_of(dream, rollout.frames[-1]), rollout.actions[-1])[0]
+    last = twm.decode(dream.codebook, jnp.asarray(toy_frame(mode)))
+    hidden = np.where(rollout.dones[-1][:, None], 0, hidden)
+    value = policy(last[None], np.zeros((1, 12), bool), hidden)[1][0]
+    np.testing.assert_allclose(rollout.last_value[0], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_predicted_end_cuts_the_advantage(dream, rollout):
+    t, b = np.argwhere(rollout.dones[:-1])[0]
+    norm = twm.ValueNorm(*jnp.zeros(3))
+    _, before = twm.advantages_and_targets(dream.args, norm, rollout)
+    rewards = rollout.rewards.copy()
+    rewards[t + 1 :, b] += 50.0
+    _, after = twm.advantages_and_targets(dream.args, norm, rollout.replace(rewards=rewards))
+    np.testing.assert_array_equal(before[: t + 1, b], after[: t + 1, b])
+    assert (np.abs(before[t + 1 :, b] - after[t + 1 :, b]) > 1).all()
+
+
+def test_the_imagined_update_is_on_policy(dream):
+    """The log-probabilities of the rollout are those of the loss: ratio 1, nothing clipped. And it changes the policy."""
+    args = dream.args
+    replay = twm.init_replay(args)
+    windows = dream.windows(batch=args.num_envs, length=args.replay_size // args.num_envs, seed=400)
+    steps = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), windows)
+    replay = twm.add_to_replay(replay, steps)
+    before = jax.device_get(dream.policy.params)
+    policy = jax.tree.map(jnp.copy, dream.policy)
+    key = jax.random.PRNGKey(5)
+    policy, logs = twm.imagination_step(args, 256, policy, dream.params, dream.codebook, replay, key)
+    assert abs(logs["approx_kl"]) < 1e-6 and logs["clip_fraction"] == 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(policy.params))
+    # Adam's first step moves each parameter that has a gradient by about the learning rate.
+    assert args.learning_rate / 2 < max(jax.tree.leaves(moved)) < 2 * args.learning_rate
+    assert float(policy.value_norm.weight) == pytest.approx(1 - args.value_norm_decay)
+
+
+def test_imagination_begins_after_the_warmup(smoke_run):
+    """warmup_steps is 48 there, an iteration 24; a step counts once it was taken."""
+    for line in metrics_of(smoke_run.folder):
+        imagined = any(key.startswith("losses/imagined_") for key in line)
+        assert imagined == (line["step"] >= 48), line["step"]

@@ -1,0 +1,222 @@
+"""The transformer world model: who sees whom, cached decoding, unused codes, dropout, and that it can learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import twm_dyna_craftax as twm
+
+T = 3
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    """Two layers, so that what one layer may see cannot leak through the next; weights large enough to show effects."""
+    args = tiny(context=T, wm_layers=2, imagination_steps=T)
+    params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
+    return args, jax.tree.map(lambda leaf: leaf * 3, params)
+
+
+@pytest.fixture(scope="module")
+def forward(small):
+    args, params = small
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
+    return lambda tokens, actions, vocab=256, size=200: apply({"params": params}, tokens, actions, vocab, size, True)
+
+
+def random_sequences(batch, seed=0, size=200):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, size, (batch, T, 81)), rng.integers(0, twm.NUM_ACTIONS, (batch, T))
+
+
+def test_no_block_sees_a_later_one_and_every_slot_sees_its_whole_block(forward):
+    """Every single token of a block is changed in turn, one per row of the batch: 81 cells, then the action."""
+    tokens, actions = random_sequences(1)
+    before = [np.asarray(x)[0] for x in forward(tokens, actions)]  # Float[T, 81, V], Float[T, 2], Float[T, 2]
+    before[0] = before[0][..., :200]
+    for t in range(T):
+        changed, moved = np.repeat(tokens, 82, axis=0), np.repeat(actions, 82, axis=0)
+        changed[np.arange(81), t, np.arange(81)] += 1
+        moved[81, t] = (moved[81, t] + 1) % twm.NUM_ACTIONS
+        after = [np.array(x) for x in forward(changed, moved)]
+        after[0] = after[0][..., :200]
+        for old, new in zip(before, after, strict=True):
+            difference = np.abs(new - old).max(-1)  # [82 changes, T] or, of tokens, [82 changes, T, 81 slots]
+            # Sums over the same numbers in the same order: rounding could differ by a few units of 1e-7 at most.
+            assert difference[:, :t].max(initial=0) < 1e-5, f"block {t} is seen by an earlier one"
+            assert difference[:, t:].min() > 1e-4, f"not every slot of block {t} or later sees all of block {t}"
+
+
+def numpy_world_model(args, params, tokens, actions):
+    """The definition, with a dense mask, in float64: pre-LN blocks, rotary positions on the flat index, tanh GELU."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    heads, head = args.wm_heads, args.wm_size // args.wm_heads
+
+    def norm(p, x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def dense(p, x):
+        return x @ p["kernel"] + p["bias"]
+
+    def rotate(x):  # [S, heads, D]: each half pair (i, i + D / 2) is a complex number
+        frequency = 10_000.0 ** (-np.arange(head // 2) / (head // 2))
+        turned = (x[..., : head // 2] + 1j * x[..., head // 2 :]) * np.exp(
+            1j * np.arange(len(x))[:, None, None] * frequency
+        )
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x = np.concatenate([params["token_table"][tokens], params["action_table"][actions][:, None]], axis=1)
+    x = x.reshape(-1, args.wm_size)
+    block = np.arange(len(x)) // 82
+    for i in range(args.wm_layers):
+        p = params[f"blocks_{i}"]
+        q, k, v = np.moveaxis(dense(p["qkv"], norm(p["norm1"], x)).reshape(len(x), 3, heads, head), 1, 0)
+        scores = np.einsum("qhd,khd->hqk", rotate(q), rotate(k)) / np.sqrt(head)
+        scores = np.where(block[None, :] <= block[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + dense(p["out"], np.einsum("hqk,khd->qhd", weights, v).reshape(x.shape))
+        up = dense(p["up"], norm(p["norm2"], x))
+        x = x + dense(p["down"], up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))))
+    x = norm(params["norm"], x).reshape(-1, 82, args.wm_size)
+    cells = np.maximum(dense(params["token_hidden"], x[:, :-1]), 0)
+    logits = cells @ params["token_kernel"] + params["token_bias"]
+    heads_of = [(params[f"{name}_hidden"], params[f"{name}_out"]) for name in ("reward", "done")]
+    return [logits, *(dense(out, np.maximum(dense(hidden, x[:, -1]), 0)) for hidden, out in heads_of)]
+
+
+def test_it_equals_the_definition_in_numpy(small, forward):
+    args, params = small
+    tokens, actions = random_sequences(2)
+    found = forward(tokens, actions, 256, 256)
+    for row in range(2):
+        for one, expected in zip(found, numpy_world_model(args, params, tokens[row], actions[row]), strict=True):
+            np.testing.assert_allclose(one[row], expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("longer", [0, 1])  # by how many steps the caches are read too far
+def test_cached_decoding_equals_the_whole_forward_pass(small, forward, longer):
+    args, params = small
+    tokens, actions = random_sequences(2)
+    whole = forward(tokens, actions)
+    step = jax.jit(lambda *x, length: twm.WorldModel(args).apply({"params": params}, *x, length, method="step"),
+                   static_argnums=(2,), static_argnames="length")  # fmt: skip
+    caches = twm.empty_caches(args, 2)
+    caches = jnp.full_like(caches, 5.0)  # what is left in unused slots must not matter
+    for t in range(T):
+        length = T if longer else t + 1
+        outputs, caches = step(tokens[:, t], actions[:, t], 256, 200, caches, t, length=length)
+        for one, expected in zip(outputs, whole, strict=True):
+            np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_positions_matter_only_as_differences():
+    query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def product(i, j):
+        return (twm.rope(query, jnp.array([i])) * twm.rope(key, jnp.array([j]))).sum()
+
+    np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-3, atol=1e-4)
+    assert abs(product(7, 3) - product(3, 7)) > 1e-2  # and they do matter
+
+
+def windows_of(tokens, actions, seed=0):
+    rng = np.random.default_rng(seed)
+    rewards = rng.choice([0.0, 1.0, -0.1, 0.1, 0.9], actions.shape).astype(np.float32)
+    dones = rng.random(actions.shape) < 0.3
+    arrays = tokens.astype(np.uint16), actions.astype(np.uint8), rewards, dones
+    return twm.Steps(*map(jnp.asarray, arrays), None)
+
+
+def test_the_loss_is_three_cross_entropies_on_the_right_labels(small, forward):
+    args, params = small
+    rng = np.random.default_rng(1)
+    tokens, actions = rng.integers(0, 200, (4, T + 1, 81)), rng.integers(0, 17, (4, T + 1))
+    tokens[:, 1:, :40] = tokens[:, :1, :40]  # some cells do not change
+    windows = windows_of(tokens, actions)
+    loss, logs = jax.jit(twm.world_model_loss, static_argnums=(1, 2))(params, args, 256, 200, windows, None)
+    logits, reward, done = (jax.nn.log_softmax(x) for x in forward(tokens[:, :-1], actions[:, :-1]))
+    labels = tokens[:, 1:]
+    unlocked = (np.asarray(windows.rewards)[:, :-1] >= 0.5).astype(int)  # health terms of 0.1 are dropped
+    ended = np.asarray(windows.dones)[:, :-1].astype(int)
+    pick = lambda x, label: -np.take_along_axis(np.asarray(x), label[..., None], -1).mean()  # noqa: E731
+    expected = {"token_loss": pick(logits, labels), "reward_loss": pick(reward, unlocked), "done_loss": pick(done, ended)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(logs[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-4)
+    right, changed = np.asarray(logits).argmax(-1) == labels, labels != tokens[:, :-1]
+    np.testing.assert_allclose(logs["token_accuracy"], right.mean(), rtol=1e-5)
+    np.testing.assert_allclose(logs["changed_token_accuracy"], right[changed].mean(), rtol=1e-5)
+
+
+def test_a_larger_output_vocabulary_gives_the_same_loss_and_gradients(tiny):
+    args = tiny(context=T, imagination_steps=T, codebook_size=600, wm_dropout=0.0)
+    params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
+    rng = np.random.default_rng(1)
+    windows = windows_of(rng.integers(0, 200, (4, T + 1, 81)), rng.integers(0, 17, (4, T + 1)))
+    grad = jax.jit(jax.value_and_grad(twm.world_model_loss, has_aux=True), static_argnums=(1, 2))
+    results = [grad(params, args, vocab, 200, windows, None) for vocab in (256, 512, 600)]
+    for (loss, _), gradients in results[1:]:
+        np.testing.assert_allclose(loss, results[0][0][0], rtol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, results[0][1]
+        )
+    assert np.abs(results[2][1]["token_kernel"][:, 200:]).max() == 0  # codes not in use learn nothing
+    assert np.abs(results[2][1]["token_kernel"][:, :200]).max() > 1e-4
+
+
+def test_codes_that_are_not_in_use_are_never_sampled(small):
+    args, params = small
+    eager = {**params, "token_bias": jnp.where(jnp.arange(args.codebook_size) < 5, 0.0, 50.0)}  # they would win
+    rng = np.random.default_rng(2)
+    windows = windows_of(rng.integers(0, 5, (8, T + 1, 81)), rng.integers(0, 17, (8, T + 1)))
+    tokens = twm.replay_actions(args, 256, 1, eager, jnp.int32(5), windows, jax.random.PRNGKey(0))
+    assert sorted(np.unique(tokens)) == [0, 1, 2, 3, 4]  # all that are in use, and no other
+
+
+def test_dropout_acts_in_training_only(tiny):
+    rng = np.random.default_rng(3)
+    windows = windows_of(rng.integers(0, 200, (4, T + 1, 81)), rng.integers(0, 17, (4, T + 1)))
+    loss = jax.jit(twm.world_model_loss, static_argnums=(1, 2))
+    rates = (0.0, 0.1, 0.9)
+    settings = [tiny(context=T, imagination_steps=T, wm_dropout=rate) for rate in rates]
+    params = jax.tree.map(lambda leaf: leaf * 3, twm.init_world_model(settings[0], jax.random.PRNGKey(0)).params)
+    without = [loss(params, args, 256, 200, windows, None)[0] for args in settings]
+    trained = [[loss(params, args, 256, 200, windows, jax.random.PRNGKey(k))[0] for k in (1, 2)] for args in settings]
+    np.testing.assert_allclose(without, without[0], rtol=1e-6)  # the rate does not matter
+    np.testing.assert_allclose(trained[0], without[0], rtol=1e-6)  # nor does the key, at rate 0
+    for one, other in trained[1:]:
+        assert abs(one - other) > 1e-5 and abs(one - without[0]) > 1e-5
+
+
+@pytest.mark.parametrize("part", ["drop", "drop_weights"])
+def test_dropout_reaches_attention_weights_and_residual_branches(small, part, monkeypatch):
+    """With either of the two switched off, the other still changes a training pass."""
+    args, params = small
+    tokens, actions = random_sequences(2)
+    setup = twm.TransformerBlock.setup
+
+    def without(self):
+        setup(self)
+        setattr(self, part, lambda x, deterministic: x)
+
+    monkeypatch.setattr(twm.TransformerBlock, "setup", without)
+    block = twm.TransformerBlock(args)
+    x = np.random.default_rng(0).normal(size=(2, 2 * 82, args.wm_size)).astype(np.float32)
+    one, other = (
+        block.apply({"params": params["blocks_0"]}, x, False, rngs={"dropout": jax.random.PRNGKey(k)}) for k in (1, 2)
+    )
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_it_overfits_sixteen_windows(toy):
+    """Deterministic transitions: all three losses can vanish, and do."""
+    model = twm.init_world_model(toy.args, jax.random.PRNGKey(0))
+    windows = toy.windows(batch=16, length=toy.args.context + 1, seed=0).replace(frames=None)
+    assert 0 < windows.rewards.mean() < 1 and 0 < windows.dones.mean() < 1
+    _, first = toy.train(model, [windows])
+    _, last = toy.train(model, [windows] * 250)
+    assert first["token_loss"] > 2
+    assert last["token_loss"] < 0.05 and last["token_accuracy"] > 0.999
+    assert last["reward_loss"] < 0.05 and last["done_loss"] < 0.05
