@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,8 @@ import tyro
 from flax import struct
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg is started by fork and exec: harmless
 
 # --- Settings ---
 
@@ -165,9 +168,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{flag} {folder}: its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote."
-            ) from error
+            reason = f"its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote"
+            raise UserError(f"{flag} {folder}: {reason}.") from error
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
 
@@ -181,22 +183,19 @@ def check_args(args: Args) -> None:
     if args.wm_dropout >= 1:
         raise UserError(f"--wm-dropout {args.wm_dropout} drops everything: give a number below 1.")
     if args.wm_size % (2 * args.wm_heads):
-        heads = f"{args.wm_heads} heads of even size, which rotary positions need"
-        raise UserError(f"--wm-size {args.wm_size} does not split into --wm-heads {heads}: try {64 * args.wm_heads}.")
+        heads = f"{args.wm_heads} heads of even size, as rotary positions need"
+        raise UserError(f"--wm-size {args.wm_size} does not split into --wm-heads {heads}: try {32 * args.wm_heads}.")
     if args.imagination_steps > args.context:
-        reason = f"does not fit into --context {args.context}, beyond which the world model sees nothing"
-        raise UserError(f"--imagination-steps {args.imagination_steps} {reason}: give at most {args.context}.")
+        reason = f"is more than the world model can see: give at most --context {args.context}"
+        raise UserError(f"--imagination-steps {args.imagination_steps} {reason}.")
     if args.num_steps < window:
-        reason = (
-            f"holds no sequence of {window} frames, which --context {args.context} and --burn-in {args.burn_in} need"
-        )
-        raise UserError(f"--num-steps {args.num_steps} {reason}: give at least {window}.")
+        reason = f"is less than the {window} frames that --context and --burn-in need: give at least {window}"
+        raise UserError(f"--num-steps {args.num_steps} {reason}.")
     if args.replay_size < rollout:
         raise UserError(f"--replay-size {args.replay_size} cannot hold one rollout: give at least {rollout}.")
     if args.codebook_size > 65_536:
         raise UserError(f"--codebook-size {args.codebook_size} does not fit into 16-bit tokens: give at most 65536.")
-    sizes = {"--wm-batch-size": args.wm_batch_size, "--imagination-envs": args.imagination_envs}
-    check_devices({"--num-envs / --num-minibatches": args.num_envs // args.num_minibatches} | sizes)
+    check_devices({"--wm-batch-size": args.wm_batch_size, "--imagination-envs": args.imagination_envs})
 
 
 # --- shared block: craftax agent ---
@@ -218,6 +217,7 @@ def check_policy_args(args: Args) -> None:
     if args.total_steps < (rollout := args.num_envs * args.num_steps):
         reason = f"is less than one rollout of --num-envs {args.num_envs} x --num-steps {args.num_steps}"
         raise UserError(f"--total-steps {args.total_steps} {reason}: give at least {rollout}.")
+    check_devices({"--num-envs / --num-minibatches": args.num_envs // args.num_minibatches})
 
 
 def check_devices(sizes: dict[str, int]) -> None:
@@ -229,13 +229,10 @@ def check_devices(sizes: dict[str, int]) -> None:
 
 
 @functools.cache
-def data_mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
 def on_devices(axis: int | None) -> NamedSharding:
     """Placement of an array: its batch `axis` split over all devices, or (None) a copy on each."""
-    return NamedSharding(data_mesh(), PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data"))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data"))
 
 
 def split_batch(tree: Any, axis: int) -> Any:
@@ -306,7 +303,7 @@ def env_step(state: Any, actions: Array, keys: Array) -> tuple[Any, Array, Array
 
     if jax.device_count() > 1:
         spec = PartitionSpec("data")
-        step_local = jax.shard_map(step_local, mesh=data_mesh(), in_specs=spec, out_specs=spec, check_vma=False)
+        step_local = jax.shard_map(step_local, mesh=on_devices(0).mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return step_local(state, actions, keys)
 
 
@@ -390,25 +387,6 @@ class GRU(nn.Module):
         return outputs, hidden
 
 
-class Tower(nn.Module):
-    """[TWM] actor or critic: two residual layers at constant width. Float[..., F] -> Float[..., outputs], fp32."""
-
-    size: int
-    outputs: int
-    out_scale: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def dense(features, scale):
-            return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=self.dtype)
-
-        x = nn.relu(dense(self.size, math.sqrt(2))(nn.LayerNorm(dtype=self.dtype)(x)))
-        for _ in range(2):
-            x = x + nn.relu(dense(self.size, 0.01)(x))
-        return dense(self.outputs, self.out_scale)(nn.LayerNorm(dtype=self.dtype)(x)).astype(jnp.float32)
-
-
 class Policy(nn.Module):
     """Actor and critic over a time-major sequence (one step: T = 1). frames UInt8[T, B, 63, 63, 3], resets Bool[T, B],
     hidden Float[B, D] -> logits Float[T, B, A], normalised values Float[T, B], hidden Float[B, D].
@@ -419,15 +397,25 @@ class Policy(nn.Module):
     @nn.compact
     def __call__(self, frames: Array, resets: Array, hidden: Array) -> tuple[Array, Array, Array]:
         args, dtype = self.args, self.args.compute_dtype
+
+        def dense(features, scale):
+            return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
+
         encoder = {"impala": ImpalaEncoder, "cells": CellEncoder}[args.encoder](args.encoder_channels, dtype)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         z = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
-        squeeze = nn.Dense(args.gru_size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)), dtype=dtype)
-        outputs, hidden = GRU(args.gru_size, dtype)(nn.relu(squeeze(nn.LayerNorm(dtype=dtype)(z))), resets, hidden)
+        x = nn.relu(dense(args.gru_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(z)))
+        outputs, hidden = GRU(args.gru_size, dtype)(x, resets, hidden)
         # [TWM] the towers read the CNN's features beside the GRU's outputs, never the GRU alone.
         features = jnp.concatenate([z, nn.relu(outputs).astype(dtype)], axis=-1)
-        logits = Tower(args.tower_size, NUM_ACTIONS, 0.01, dtype)(features)
-        return logits, Tower(args.tower_size, 1, 1.0, dtype)(features)[..., 0], hidden
+
+        def tower(outputs, out_scale):  # two residual layers at constant width
+            x = nn.relu(dense(args.tower_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
+            for _ in range(2):
+                x = x + nn.relu(dense(args.tower_size, 0.01)(x))
+            return dense(outputs, out_scale)(nn.LayerNorm(dtype=dtype)(x)).astype(jnp.float32)
+
+        return tower(NUM_ACTIONS, 0.01), tower(1, 1.0)[..., 0], hidden
 
 
 # --- PPO ---
@@ -470,10 +458,12 @@ class ValueNorm:
 
 
 @struct.dataclass
-class PolicyState:
+class Learner:
+    """What training moves: of the policy, and without value_norm of the world model."""
+
     params: Any
     opt_state: Any
-    value_norm: ValueNorm
+    value_norm: ValueNorm | None = None
 
 
 @struct.dataclass
@@ -496,10 +486,10 @@ def adam(args: Args, learning_rate: float) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_policy(args: Args, key: Array) -> PolicyState:
+def init_policy(args: Args, key: Array) -> Learner:
     frames = jnp.zeros((1, 1, *FRAME), jnp.uint8)
     params = Policy(args).init(key, frames, jnp.zeros((1, 1), bool), jnp.zeros((1, args.gru_size)))["params"]
-    return PolicyState(params, adam(args, args.learning_rate).init(params), ValueNorm(*jnp.zeros(3)))
+    return Learner(params, adam(args, args.learning_rate).init(params), ValueNorm(*jnp.zeros(3)))
 
 
 def act(args: Args, params: Any, frame: Array, reset: Array, hidden: Array, key: Array, greedy: Array) -> tuple:
@@ -538,28 +528,26 @@ def ppo_loss(params: Any, args: Args, norm: ValueNorm, rollout: Rollout, advanta
     return loss, logs
 
 
-def ppo_step(
-    args: Args, policy: PolicyState, rollout: Rollout, advantages: Array, targets: Array
-) -> tuple[PolicyState, dict]:
+def ppo_step(args: Args, policy: Learner, rollout: Rollout, advantages: Array, targets: Array) -> tuple[Learner, dict]:
     """One gradient step; the target statistics move first, on the same minibatch."""
     norm = policy.value_norm.update(targets, args.value_norm_decay)
     grads, logs = jax.grad(ppo_loss, has_aux=True)(policy.params, args, norm, rollout, advantages, targets)
     updates, opt_state = adam(args, args.learning_rate).update(grads, policy.opt_state)
     logs["grad_norm"] = optax.global_norm(grads)
-    return PolicyState(optax.apply_updates(policy.params, updates), opt_state, norm), logs
+    return Learner(optax.apply_updates(policy.params, updates), opt_state, norm), logs
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def ppo_minibatch_step(
-    args: Args, policy: PolicyState, rollout: Rollout, advantages: Array, targets: Array, index: int
-) -> tuple[PolicyState, dict]:
+    args: Args, policy: Learner, rollout: Rollout, advantages: Array, targets: Array, index: int
+) -> tuple[Learner, dict]:
     """ppo_step on the index-th group of whole environments."""
     size = args.num_envs // args.num_minibatches
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size, axis=1)
     return ppo_step(args, policy, *split_batch(jax.tree.map(take, (rollout, advantages, targets)), axis=1))
 
 
-def ppo_update(args: Args, policy: PolicyState, rollout: Rollout) -> tuple[PolicyState, dict[str, float]]:
+def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, dict[str, float]]:
     """Epochs over a real rollout in minibatches of whole environments, in fixed order. A Python loop, because XLA's CPU
     backend runs the gradient of a convolution many times slower inside lax.scan.
     """
@@ -620,10 +608,14 @@ def collect(
     return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
 
 
+def add_episodes(sums: Array, records: Array) -> Array:
+    """Append to sums of episode records: row 0 over the whole run, then of the latest iterations. Float[1 + W, 25]."""
+    new = records.sum((0, 1))[None]
+    return jnp.concatenate([sums[:1] + new, sums[2:], new])
+
+
 def episode_charts(sums: Array) -> dict[str, float]:
-    """Logged values of summed episode records Float[1 + W, 25]: row 0 over the whole run, then of the latest W
-    iterations (about 100,000 environment steps), newest last. An average over no episodes is left out.
-    """
+    """Logged values of add_episodes' sums; an average over no episodes is left out."""
     total, window, newest = np.asarray(sums[0]), np.asarray(sums[1:].sum(0)), np.asarray(sums[-1])
     charts = {"charts/episodes": float(total[0])}
     if newest[0]:
@@ -849,17 +841,11 @@ def empty_caches(args: Args, batch: int) -> Array:
     return split_batch(jnp.zeros(shape, args.compute_dtype), axis=2)
 
 
-@struct.dataclass
-class WorldModelState:
-    params: Any
-    opt_state: Any
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def init_world_model(args: Args, key: Array) -> WorldModelState:
+def init_world_model(args: Args, key: Array) -> Learner:
     tokens, actions = jnp.zeros((1, 1, BLOCK - 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
     params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1)["params"]
-    return WorldModelState(params, adam(args, args.wm_learning_rate).init(params))
+    return Learner(params, adam(args, args.wm_learning_rate).init(params))
 
 
 def world_model_loss(
@@ -932,8 +918,8 @@ def sample_windows(replay: Replay, key: Array, batch: int, length: int) -> Steps
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def world_model_step(
-    args: Args, vocab: int, model: WorldModelState, size: Array, replay: Replay, key: Array
-) -> tuple[WorldModelState, dict]:
+    args: Args, vocab: int, model: Learner, size: Array, replay: Replay, key: Array
+) -> tuple[Learner, dict]:
     """One gradient step on fresh windows of the replay."""
     key_windows, key_dropout = jax.random.split(key)
     windows = sample_windows(
@@ -942,7 +928,7 @@ def world_model_step(
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.global_norm(grads)
-    return WorldModelState(optax.apply_updates(model.params, updates), opt_state), logs
+    return Learner(optax.apply_updates(model.params, updates), opt_state), logs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -955,7 +941,7 @@ def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps)
 
 # --- Imagination ---
 def imagine(
-    args: Args, vocab: int, policy: PolicyState, wm_params: Any, codebook: Codebook, windows: Steps, key: Array
+    args: Args, vocab: int, policy: Learner, wm_params: Any, codebook: Codebook, windows: Steps, key: Array
 ) -> Rollout:
     """[TWM] a rollout of the policy inside the world model. The GRU is warmed up on the windows' first burn_in frames;
     the world model starts from the frame after them alone. A predicted end resets the GRU, and the frame sampled with
@@ -995,8 +981,8 @@ def imagine(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def imagination_step(
-    args: Args, vocab: int, policy: PolicyState, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
-) -> tuple[PolicyState, dict]:
+    args: Args, vocab: int, policy: Learner, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
+) -> tuple[Learner, dict]:
     """One imagined rollout from random places of the replay and one PPO step on all of it: on-policy, ratio 1."""
     key_windows, key_rollout = jax.random.split(key)
     windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
@@ -1142,13 +1128,8 @@ class Clock:
 
     compiling = 0.0  # seconds that this process has spent on it
 
-    @classmethod
-    def listen(cls, event: str, seconds: float, **_: Any) -> None:
-        cls.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
-
     def __init__(self):
-        self.logs, self.start = {}, Clock.compiling
-        self.last = time.perf_counter() - self.start
+        self.logs, self.compiled_before, self.last = {}, Clock.compiling, time.perf_counter() - Clock.compiling
 
     def lap(self, phase: str, wait_for: Any = None) -> None:
         jax.block_until_ready(wait_for)
@@ -1157,9 +1138,9 @@ class Clock:
 
     def summary(self, env_steps: int) -> dict[str, float]:
         logs = self.logs | {"perf/SPS": env_steps / sum(self.logs.values())}
-        logs["perf/compile_seconds"] = Clock.compiling - self.start
+        logs["perf/compile_seconds"] = Clock.compiling - self.compiled_before
         logs["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if stats := jax.local_devices()[0].memory_stats():
+        if stats := jax.local_devices()[0].memory_stats():  # none on a CPU
             logs["perf/peak_device_memory_gb"] = stats["peak_bytes_in_use"] / 2**30
         return logs
 
@@ -1211,7 +1192,11 @@ def start_jax(args: Args) -> None:
         jax.distributed.initialize()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
-    jax.monitoring.register_event_duration_secs_listener(Clock.listen)
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 # --- end shared block: craftax run ---
@@ -1223,11 +1208,11 @@ class TrainState:
     """All that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
 
     iteration: Array
-    policy: PolicyState
+    policy: Learner
     env: EnvCarry
     episode_sums: Array
     codebook: Codebook
-    model: WorldModelState
+    model: Learner
     replay: Replay
 
 
@@ -1252,43 +1237,41 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
 
     # 1. Collect real steps.
     env, rollout, records = collect(args, state.policy.params, state.env, key_collect)
-    new, old = records.sum((0, 1))[None], state.episode_sums
-    sums = jnp.concatenate([old[:1] + new, old[2:], new])
-    logs |= episode_charts(sums)
-    clock.lap("collect", rollout)
+    sums = add_episodes(state.episode_sums, records)
+    clock.lap("collect", sums)
 
     # 2. PPO on them.
-    policy, log = ppo_update(args, state.policy, rollout)
-    logs |= {f"losses/real_{name}": value for name, value in log.items()}
+    policy, logs["losses/real"] = ppo_update(args, state.policy, rollout)
     clock.lap("policy_real")
 
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
-    size, vocab = codebook.size, live_vocabulary(args, codebook)
     new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
-    log = heldout_logs(args, vocab, state.model.params, size, new)
-    logs |= {f"world_model/heldout_{name}": float(value) for name, value in log.items()}
+    live = live_vocabulary(args, codebook), codebook.size
+    logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
     replay = add_to_replay(state.replay, new)
-    logs |= {"world_model/codes": float(size), "world_model/replay_steps": float(replay.filled * args.num_envs)}
     clock.lap("tokenizer", replay)
 
     # 3b. Train the world model.
     model, log = state.model, []
     for key in jax.random.split(key_model, args.wm_updates):
-        model, one = world_model_step(args, vocab, model, size, replay, key)
+        model, one = world_model_step(args, live[0], model, live[1], replay, key)
         log.append(one)
-    logs |= {f"losses/world_model_{name}": value for name, value in mean_of(log).items()}
+    logs["losses/world_model"] = mean_of(log)
     clock.lap("world_model")
 
     # 4. PPO on imagined rollouts, once the warmup is over.
     warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
     for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
-        policy, one = imagination_step(args, vocab, policy, model.params, codebook, replay, key)
+        policy, one = imagination_step(args, live[0], policy, model.params, codebook, replay, key)
         log.append(one)
-    logs |= {f"losses/imagined_{name}": value for name, value in mean_of(log).items()}
+    logs["losses/imagined"] = mean_of(log)
     clock.lap("imagination")
+
+    logs = {f"{group}_{name}": value for group, log in logs.items() for name, value in log.items()}
+    logs |= {"world_model/codes": float(live[1]), "world_model/replay_steps": float(replay.filled * args.num_envs)}
     state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
-    return state, rollout, logs | clock.summary(env_steps)
+    return state, rollout, episode_charts(sums) | logs | clock.summary(env_steps)
 
 
 def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
@@ -1346,10 +1329,43 @@ def train(args: Args) -> None:
 
 
 def dry_run(args: Args) -> None:
-    """Print what a run would take: parameters, memory, work per iteration, and its time from one measured step."""
-    vocab, key = min(args.codebook_size, 512), jax.random.PRNGKey(0)
-    policy, model, replay = init_policy(args, key), init_world_model(args, key), init_replay(args)
-    ...
+    """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
+    state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
+    real, dreamt = args.num_envs * args.num_steps, args.imagination_envs * args.imagination_steps
+    replay = init_replay(dataclasses.replace(args, replay_size=real)).replace(filled=jnp.int32(args.num_steps))
+    train_step = world_model_step.lower(args, vocab, state.model, jnp.int32(vocab), replay, key).compile()
+    model, _ = jax.block_until_ready(train_step(init_world_model(args, key), jnp.int32(vocab), replay, key))
+    start = time.perf_counter()
+    jax.block_until_ready(train_step(model, jnp.int32(vocab), replay, key))
+    seconds, flop = time.perf_counter() - start, train_step.cost_analysis()["flops"]
+    env, act_once = state.env, jax.jit(functools.partial(act, args, greedy=False))
+    policy = act_once.lower(state.policy.params, env.frame, env.reset, env.hidden, key).cost_analysis()["flops"]
+    frame = policy / args.num_envs  # one policy forward; a backward pass counts as two
+    dream = flop / 3 * dreamt / (args.wm_batch_size * args.context)
+    dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
+    last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
+    plan = {  # iterations, gradient steps in each, FLOP in each
+        "collect": (last, 0, real * frame),
+        "PPO, real": (last, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
+        "world model": (last, args.wm_updates, args.wm_updates * flop),
+        "PPO, imagined": (max(0, last - warmup), args.imagination_updates, args.imagination_updates * dream),
+    }
+    sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
+    for name, tree in sizes.items():
+        print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} values")
+    for name, (iterations, updates, work) in plan.items():
+        print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
+    replay_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replay))
+    temporaries = train_step.memory_analysis().temp_size_in_bytes
+    tokens, eta = (
+        args.wm_batch_size * args.context * BLOCK,
+        sum(n * work for n, _, work in plan.values()) / flop * seconds,
+    )
+    print(f"memory         replay {replay_bytes / 1e9:.2f} GB, a world-model step {temporaries / 1e9:.2f} GB on top")
+    print(
+        f"measured       {tokens:,} tokens of a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s"
+    )
+    print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
 
 
 def main() -> None:

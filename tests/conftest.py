@@ -60,6 +60,14 @@ def smoke_run(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def half_run(tmp_path_factory):
+    """The first two of the smoke run's iterations. Do not change it: copy it."""
+    run = run_script(tmp_path_factory.mktemp("half"), "--preset", "smoke", "--total-steps", 48, "--eval-episodes", 0)
+    assert run.code == 0, run.out + run.err
+    return run
+
+
 @pytest.fixture
 def call_main(monkeypatch, capsys, tmp_path):
     """The command line without a process of its own: call_main(flags...) -> exit code, stdout, stderr. Run folders go

@@ -190,7 +190,11 @@ def test_the_score_is_the_geometric_mean_of_success_rates():
 
 def test_charts_accumulate_over_the_run_and_over_the_window():
     sums = np.zeros((3, 25))
-    sums[0, :4], sums[1, :4], sums[2, :4] = (10, 30, 1000, 5), (2, 8, 300, 2), (1, 3, 100, 1)  # run, then two iterations
+    sums[0, :4], sums[1, :4], sums[2, :4] = (
+        (10, 30, 1000, 5),
+        (2, 8, 300, 2),
+        (1, 3, 100, 1),
+    )  # run, then two iterations
     charts = twm.episode_charts(sums)
     assert charts["charts/episodes"] == 10
     assert charts["charts/episodic_return"] == 3 and charts["charts/episodic_length"] == 100

@@ -19,7 +19,12 @@ def dream(toy):
     model, logs = toy.train(model, batches)
     assert logs["token_accuracy"] > 0.999, f"the toy was not learnt: {logs}"
     params = jax.tree.map(lambda leaf: leaf, model.params)
-    for name in ("token_kernel", "token_bias", "reward_out", "done_out"):  # the last layers: softmax at temperature 1/40
+    for name in (
+        "token_kernel",
+        "token_bias",
+        "reward_out",
+        "done_out",
+    ):  # the last layers: softmax at temperature 1/40
         params[name] = jax.tree.map(lambda leaf: leaf * 40, params[name])
     toy.params = params
     toy.policy = twm.init_policy(toy.args, jax.random.PRNGKey(2))
@@ -67,7 +72,9 @@ def test_replayed_actions_reproduce_the_toy_exactly(dream):
 
 def test_given_frames_are_true_and_the_following_ones_go_on_from_them(dream):
     windows = dream.windows(batch=8, length=dream.args.context + 1, seed=300)
-    jump = toy_frame(np.arange(8) % TOY_CODES)  # the second frame is replaced by another, which the model must go on from
+    jump = toy_frame(
+        np.arange(8) % TOY_CODES
+    )  # the second frame is replaced by another, which the model must go on from
     windows = windows.replace(tokens=windows.tokens.at[:, 1].set(jump.astype(np.uint16)))
     key = jax.random.PRNGKey(0)
     tokens = twm.replay_actions(dream.args, 256, 2, dream.params, dream.codebook.size, windows, key)
@@ -89,7 +96,9 @@ def test_the_gru_is_warmed_up_with_resets_one_frame_after_each_end(dream, rollou
             hidden = np.where(ends[:, t - 1, None], 0, hidden)
         hidden = policy(windows.frames[:, t][None], never, hidden)[2]
     np.testing.assert_allclose(found.hidden[0], hidden, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(found.resets[0], ends[:, -2])  # what ended with the last frame but one; not ends[:, -1]
+    np.testing.assert_array_equal(
+        found.resets[0], ends[:, -2]
+    )  # what ended with the last frame but one; not ends[:, -1]
     early = np.abs(found.hidden[0] - rollout.hidden[0]).max(1)
     assert dream.args.burn_in == 2 and (early[:3] > 1e-4).all()  # the reset within the burn-in made a difference
 

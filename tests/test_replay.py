@@ -30,7 +30,13 @@ def filled_replay(tiny, replay_size, steps):
 
 
 # Capacities in steps of every environment: 11 (35 // 3) is no multiple of the rollout's 4, 12 is one.
-CASES = {"first": (35, 8), "nearly full": (35, 8), "just wrapped": (35, 12), "wrapped often": (35, 48), "even": (36, 24)}
+CASES = {
+    "first": (35, 8),
+    "nearly full": (35, 8),
+    "just wrapped": (35, 12),
+    "wrapped often": (35, 48),
+    "even": (36, 24),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

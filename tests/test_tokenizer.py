@@ -68,7 +68,9 @@ def test_growth_equals_the_greedy_loop_on_craftax_frames(tiny, craftax_frames):
     assert result.dtype == jnp.uint16
 
 
-@pytest.mark.parametrize("capacity", [2000, 300, 100])  # room for all; full amid the second chunk of a search; full early
+@pytest.mark.parametrize(
+    "capacity", [2000, 300, 100]
+)  # room for all; full amid the second chunk of a search; full early
 def test_growth_equals_the_greedy_loop_on_random_patches(tiny, random_frames, capacity):
     args = tiny(codebook_size=capacity)
     codes, tokens = greedy(random_frames, [], capacity)
@@ -96,7 +98,9 @@ def test_every_patch_is_within_the_limit_of_its_code_while_there_is_room(tiny, r
     args = tiny(codebook_size=2000)
     codebook, tokens = twm.grow_codebook(args, empty(args), random_frames)
     codes = np.asarray(codebook.codes, np.int64)
-    distance = np.square(patches_of(random_frames) - codes[np.asarray(tokens).reshape(len(tokens), -1)]).sum(-1) / 255**2
+    distance = (
+        np.square(patches_of(random_frames) - codes[np.asarray(tokens).reshape(len(tokens), -1)]).sum(-1) / 255**2
+    )
     assert distance.max() <= 0.75
     assert distance.max() > 0.6  # the limit is nearly reached, so a smaller one would show
     between = np.square(in_use(codebook)[:, None].astype(np.int64) - in_use(codebook)[None]).sum(-1) / 255**2
@@ -141,7 +145,9 @@ def test_encoding_a_decoded_frame_gives_its_tokens(tiny, random_frames):
     assert after.size == codebook.size
 
 
-@pytest.mark.parametrize("pair", [(0, 1), (3, 290), (255, 256), (40, 44)])  # in one chunk of the search, in two, in both
+@pytest.mark.parametrize(
+    "pair", [(0, 1), (3, 290), (255, 256), (40, 44)]
+)  # in one chunk of the search, in two, in both
 def test_ties_go_to_the_first_code(tiny, pair):
     args = tiny(codebook_size=300)
     codes = np.full((300, 147), 255, np.uint8)

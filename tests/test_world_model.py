@@ -141,7 +141,11 @@ def test_the_loss_is_three_cross_entropies_on_the_right_labels(small, forward):
     unlocked = (np.asarray(windows.rewards)[:, :-1] >= 0.5).astype(int)  # health terms of 0.1 are dropped
     ended = np.asarray(windows.dones)[:, :-1].astype(int)
     pick = lambda x, label: -np.take_along_axis(np.asarray(x), label[..., None], -1).mean()  # noqa: E731
-    expected = {"token_loss": pick(logits, labels), "reward_loss": pick(reward, unlocked), "done_loss": pick(done, ended)}
+    expected = {
+        "token_loss": pick(logits, labels),
+        "reward_loss": pick(reward, unlocked),
+        "done_loss": pick(done, ended),
+    }
     for name, value in expected.items():
         np.testing.assert_allclose(logs[name], value, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-4)
@@ -159,9 +163,7 @@ def test_a_larger_output_vocabulary_gives_the_same_loss_and_gradients(tiny):
     results = [grad(params, args, vocab, 200, windows, None) for vocab in (256, 512, 600)]
     for (loss, _), gradients in results[1:]:
         np.testing.assert_allclose(loss, results[0][0][0], rtol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, results[0][1]
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, results[0][1])
     assert np.abs(results[2][1]["token_kernel"][:, 200:]).max() == 0  # codes not in use learn nothing
     assert np.abs(results[2][1]["token_kernel"][:, :200]).max() > 1e-4
 

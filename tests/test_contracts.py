@@ -1,0 +1,168 @@
+"""What the project promises about its files: every flag is read, every key is documented, copies are equal, importing is
+free. Most of this reads sources; nothing is compiled.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPT, metrics_of
+
+import twm_dyna_craftax as twm
+
+SCRIPTS = sorted(ROOT.glob("*.py"))
+SNAPSHOT = ROOT / "tests" / "help_twm_dyna_craftax.txt"
+
+# Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
+EXPECTED_BLOCKS = {
+    "common flags": {"twm_dyna_craftax.py"},
+    "policy flags": {"twm_dyna_craftax.py"},
+    "command line": {"twm_dyna_craftax.py"},
+    "craftax agent": {"twm_dyna_craftax.py"},
+    "run folder": {"twm_dyna_craftax.py"},
+    "craftax run": {"twm_dyna_craftax.py"},
+}
+BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
+
+
+def test_shared_blocks_are_byte_identical():
+    copies = defaultdict(dict)  # block name -> {script: text}
+    for script in SCRIPTS:
+        text = script.read_text()
+        blocks = BLOCK.findall(text)
+        assert len(blocks) == text.count("# --- shared block:") == text.count("# --- end shared block:"), script.name
+        for name, block in blocks:
+            assert script.name not in copies[name], f"{script.name} holds shared block '{name}' twice"
+            copies[name][script.name] = block
+    found = {name: set(scripts) for name, scripts in copies.items()}
+    assert found == EXPECTED_BLOCKS, "a block was added, lost or renamed: put it right there or in EXPECTED_BLOCKS"
+    for name, by_script in copies.items():
+        assert len(set(by_script.values())) == 1, f"shared block '{name}' differs between {sorted(by_script)}"
+
+
+def test_every_flag_is_read_by_the_algorithm():
+    """As args.NAME outside Args, the presets, and the functions that only check or print settings."""
+    tree = ast.parse(SCRIPT.read_text())
+    read = set()
+    for part in tree.body:
+        if isinstance(part, ast.Assign):  # PRESETS
+            continue
+        if isinstance(part, ast.ClassDef) and part.name == "Args":  # its properties read, its fields do not
+            part.body = [node for node in part.body if isinstance(node, ast.FunctionDef)]
+        if isinstance(part, ast.FunctionDef) and part.name in ("check_args", "check_policy_args", "dry_run"):
+            continue
+        for node in ast.walk(part):
+            owner = getattr(node, "value", None)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+                read |= {node.attr} if name in ("args", "self") else set()
+    flags = set(twm.Args.__dataclass_fields__)
+    assert not flags - read, f"no part of the script reads {sorted(flags - read)}"
+
+
+def test_every_preset_names_itself_and_is_valid():
+    for name, preset in twm.PRESETS.items():
+        assert preset.preset == name
+        twm.check_args(preset)
+
+
+def help_text(capsys, monkeypatch) -> str:
+    """--help as a text that does not depend on the terminal: one line a flag, boxes and colours removed."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as end:
+        twm.parse_args(["--help"])
+    assert end.value.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    text = re.sub(r"[^\x00-\x7f]", " ", text)  # box drawing
+    text = text[text.index("Dyna with a transformer") :]  # the usage line before it wraps as it likes
+    words = " ".join(text.split())
+    return re.sub(r" (--[a-z-]+(?:,| [A-Z{]))", r"\n\1", words).strip() + "\n"
+
+
+def test_help_is_the_snapshot(capsys, monkeypatch):
+    text = help_text(capsys, monkeypatch)
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(text)
+    expected = SNAPSHOT.read_text() if SNAPSHOT.exists() else ""
+    for field in twm.Args.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text, field
+    how = "UPDATE_SNAPSHOTS=1 python -m pytest tests/test_contracts.py -k help"
+    assert text == expected, f"--help changed. If that was meant, run\n    {how}\nand commit {SNAPSHOT.name}."
+
+
+# --- Dependencies ---
+def requirements(lines) -> dict[str, str]:
+    """'jax>=0.10,<0.11  # why' -> {'jax': '>=0.10,<0.11'}, the parts of a range in order."""
+    found = {}
+    for line in lines:
+        line = re.sub(r"\s|#.*", "", line)
+        if line and not line.startswith("-"):
+            name, parts = re.fullmatch(r"([A-Za-z0-9_.\[\]-]+?)([<>=!~].*)?", line).groups()
+            found[re.sub(r"[-_.]+", "-", name).lower()] = ",".join(sorted((parts or "").split(",")))
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_inline_metadata_equals_the_requirements(script):
+    metadata = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.M)
+    assert metadata, f"{script.name} has no PEP 723 metadata"
+    metadata = tomllib.loads("".join(line[2:] + "\n" for line in metadata.group(1).splitlines()))
+    path = ROOT / "requirements.txt"
+    assert path.exists(), "there is no requirements.txt"
+    inline, common = requirements(metadata["dependencies"]), requirements(path.read_text().splitlines())
+    assert inline
+    for name, versions in inline.items():
+        assert name in common, f"{name} of {script.name} is not in requirements.txt"
+        assert versions == common[name], f"{name}{versions} in {script.name} but {name}{common[name]} in {path.name}"
+    assert metadata["requires-python"] == ">=3.11"
+
+
+# --- Logged keys ---
+SOMETIMES = {"perf/peak_device_memory_gb"}  # documented, but logged only where the device tells its memory
+
+
+def test_logged_keys_are_the_documented_keys(smoke_run):
+    logged = {key for line in metrics_of(smoke_run.folder) for key in line if key != "step"}
+    logged |= set(twm.episode_charts(np.ones((3, 25))))  # short runs may finish no episode
+    logged |= {f"media/{re.sub(r'_[0-9]+$', '', path.stem)}" for path in (smoke_run.folder / "media").iterdir()}
+    logged = {re.sub("^achievements/.*", "achievements/*", key) for key in logged}
+    page = ROOT / "docs" / f"{SCRIPT.stem}.md"
+    assert page.exists(), f"there is no {page.relative_to(ROOT)}"
+    cells = re.findall(r"^\|([^|]*)\|", page.read_text(), re.M)  # first column of every table
+    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w*]+)`", cell)}
+    assert not logged - documented, f"logged but not documented: {sorted(logged - documented)}"
+    extra = documented - logged - SOMETIMES
+    assert not extra, f"documented but never logged: {sorted(extra)}"
+
+
+# --- Importing ---
+def test_importing_opens_no_device_and_imports_neither_environment_nor_tracker():
+    program = """
+import sys
+import twm_dyna_craftax
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "a device was opened"
+for name in ("wandb", "craftax", "torch", "matplotlib"):
+    assert name not in sys.modules, f"{name} was imported"
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_a_run_without_track_imports_no_tracker(smoke_run):
+    """smoke_run puts a module named wandb first on the path that ends the process when it is imported."""
+    assert smoke_run.code == 0 and "wandb was imported" not in smoke_run.out
+    poison = smoke_run.folder.parents[1] / "poison"
+    environment = {**os.environ, "PYTHONPATH": str(poison)}
+    result = subprocess.run([sys.executable, "-c", "import wandb"], env=environment, capture_output=True, timeout=300)
+    assert result.returncode == 99  # the trap works
