@@ -1293,41 +1293,6 @@ def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rol
     run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
 
 
-def train(args: Args) -> None:
-    """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
-    run = Run(args, writes=jax.process_index() == 0)
-    env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
-    needed = 3 * sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args)))
-    )
-    if (free := shutil.disk_usage(run.folder).free) < needed:
-        reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
-        raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
-    state = init_state(args)
-    if args.resume:
-        state = load_checkpoint("--resume", run.folder, state)
-        run.rewind(int(state.iteration) * env_steps)
-    print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
-    started, first = time.perf_counter(), int(state.iteration)
-    for iteration in range(first, args.num_iterations):
-        # The key depends on the iteration alone: a resumed run draws what the uninterrupted one would have drawn.
-        key, step = jax.random.fold_in(base_key, iteration), (iteration + 1) * env_steps
-        state, rollout, logs = train_iteration(args, state, key)
-        run.log(step, logs)
-        left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
-        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
-        print(progress_line(args, step, logs, eta), flush=True)
-        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
-            write_media(args, run, step, state, rollout, key)
-        if (iteration + 1) % args.save_every == 0 or last or run.stop:
-            save_checkpoint(run.folder, step, state)
-        if run.stop:
-            print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
-            return
-    if args.eval_episodes:
-        evaluate(args, run, state.policy.params, args.num_iterations * env_steps)
-
-
 def dry_run(args: Args) -> None:
     """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
     state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
@@ -1368,6 +1333,42 @@ def dry_run(args: Args) -> None:
     print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
 
 
+# --- shared block: training loop ---
+def train(args: Args) -> None:
+    """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
+    run = Run(args, writes=jax.process_index() == 0)
+    env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
+    needed = 3 * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args)))
+    )
+    if (free := shutil.disk_usage(run.folder).free) < needed:
+        reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
+        raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
+    state = init_state(args)
+    if args.resume:
+        state = load_checkpoint("--resume", run.folder, state)
+        run.rewind(int(state.iteration) * env_steps)
+    print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
+    started, first = time.perf_counter(), int(state.iteration)
+    for iteration in range(first, args.num_iterations):
+        # The key depends on the iteration alone: a resumed run draws what the uninterrupted one would have drawn.
+        key, step = jax.random.fold_in(base_key, iteration), (iteration + 1) * env_steps
+        state, rollout, logs = train_iteration(args, state, key)
+        run.log(step, logs)
+        left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
+        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
+        print(progress_line(args, step, logs, eta), flush=True)
+        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
+            write_media(args, run, step, state, rollout, key)
+        if (iteration + 1) % args.save_every == 0 or last or run.stop:
+            save_checkpoint(run.folder, step, state)
+        if run.stop:
+            print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
+            return
+    if args.eval_episodes:
+        evaluate(args, run, state.policy.params, args.num_iterations * env_steps)
+
+
 def main() -> None:
     try:
         args = parse_args()
@@ -1384,6 +1385,9 @@ def main() -> None:
     except UserError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# --- end shared block: training loop ---
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What the project promises about its files: every flag is read, every key is documented, copies are equal, importing is
-free. Most of this reads sources; nothing is compiled.
+"""What the project promises about its files: every flag is read, every key is documented, copies are equal, importing
+is free. Most of this reads sources; nothing is compiled.
 """
 
 import ast

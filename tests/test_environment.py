@@ -54,7 +54,7 @@ def doom(state, rng, number):
 def assert_equal_trees(one, other, message):
     ones, others = jax.tree.leaves_with_path(one), jax.tree.leaves(other)
     for (path, a), b in zip(ones, others, strict=True):
-        # Whole numbers are equal; floats may differ in their last bit, since two programs may round a cosine differently.
+        # Whole numbers are equal; floats may differ in a last bit: two programs may round a cosine differently.
         atol = 2e-7 * (1 + np.abs(b)) if jnp.issubdtype(b.dtype, jnp.floating) else 0
         assert a.shape == b.shape and (np.abs(np.asarray(a, float) - np.asarray(b, float)) <= atol).all(), (
             f"{message}{jax.tree_util.keystr(path)}"

@@ -1,6 +1,6 @@
 """A dozen numbers of the smoke run, so that a change of results is never unnoticed.
 
-    UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py        # writes them anew
+UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py        # writes them anew
 """
 
 import json
@@ -29,9 +29,9 @@ def test_the_numbers_of_the_first_iterations(smoke_run):
     how = "UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py"
     assert GOLDEN.exists(), f"{GOLDEN.name} is missing; write it with\n    {how}"
     expected = json.loads(GOLDEN.read_text())
-    # Other processors sum in another order: 1e-3 leaves room for that, and for nothing that a reader would call a change.
+    # Other processors sum in another order: 1e-3 leaves room for that, and for no real change.
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), (
-        "The smoke run gives other numbers. Updating them is right only if this change was meant to alter the algorithm, "
-        "its settings, its random draws, or the versions it runs on, and the reason is in the commit message; a change "
-        f"that was to make it faster or shorter has a bug. To update:\n    {how}"
+        "The smoke run gives other numbers. Updating them is right only if this change was meant to alter the "
+        "algorithm, its settings, its random draws, or the versions it runs on, and the reason is in the commit "
+        f"message; a change that was to make it faster or shorter has a bug. To update:\n    {how}"
     )

@@ -133,7 +133,7 @@ def test_a_predicted_end_cuts_the_advantage(dream, rollout):
 
 
 def test_the_imagined_update_is_on_policy(dream):
-    """The log-probabilities of the rollout are those of the loss: ratio 1, nothing clipped. And it changes the policy."""
+    """The log-probabilities of the rollout are those of the loss: ratio 1, nothing clipped; and it moves the policy."""
     args = dream.args
     replay = twm.init_replay(args)
     windows = dream.windows(batch=args.num_envs, length=args.replay_size // args.num_envs, seed=400)

@@ -114,7 +114,9 @@ def resumes(call_main, flags, folder, steps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_iteration_saves_and_says_how_to_resume(call_main, stub_iteration, monkeypatch, tmp_path, number):
+def test_a_signal_ends_the_iteration_saves_and_says_how_to_resume(
+    call_main, stub_iteration, monkeypatch, tmp_path, number
+):
     stub = twm.train_iteration
 
     def interrupted(args, state, key):

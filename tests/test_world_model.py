@@ -196,7 +196,6 @@ def test_dropout_acts_in_training_only(tiny):
 def test_dropout_reaches_attention_weights_and_residual_branches(small, part, monkeypatch):
     """With either of the two switched off, the other still changes a training pass."""
     args, params = small
-    tokens, actions = random_sequences(2)
     setup = twm.TransformerBlock.setup
 
     def without(self):

@@ -1,0 +1,60 @@
+"""Curves of any set of run folders or result files, as one picture.
+
+    python benchmark/plot.py OUT.png KEY[,KEY...] LABEL=FILE_OR_FOLDER[,FILE_OR_FOLDER...] [LABEL=...]
+
+Each label is one line: the mean over its runs, with their spread (minimum to maximum) shaded. KEY is a logged key, with
+its group or without; reward_percent also shows published levels at 1M steps as dotted lines.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PUBLISHED = {"paper, world model": 67.4, "human": 65.0, "paper, PPO": 55.5, "DreamerV3": 53.2}  # reward % at 1M steps
+
+
+def curves(path: Path) -> list[dict[str, list]]:
+    if path.is_dir():
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        keys = {key for line in lines for key in line}
+        return [{key.split("/")[-1]: [line.get(key) for line in lines] for key in keys}]
+    return [run["curve"] for run in json.loads(path.read_text())["runs"]]
+
+
+def main(out: str, keys: str, *lines: str) -> None:
+    names = [key.split("/")[-1] for key in keys.split(",")]
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for line in lines:
+            label, _, paths = line.partition("=")
+            runs = [curve for path in paths.split(",") for curve in curves(Path(path)) if name in curve]
+            if not runs:
+                sys.exit(f"plot.py: {label} has no {name}")
+            steps = np.array(sorted(set.intersection(*[set(run["step"]) for run in runs])))
+            values = [[np.nan if v is None else v for v in run[name]] for run in runs]
+            grid = np.array([np.interp(steps, run["step"], v) for run, v in zip(runs, values, strict=True)], float)
+            axis.plot(steps, grid.mean(0), label=f"{label} (n={len(runs)})")
+            if len(runs) > 1:
+                axis.fill_between(steps, grid.min(0), grid.max(0), alpha=0.2)
+        if name == "reward_percent":
+            for label, level in PUBLISHED.items():
+                axis.axhline(level, color="grey", linestyle=":", linewidth=0.8)
+                axis.text(axis.get_xlim()[1], level, f" {label}, 1M", fontsize=6, va="center")
+        axis.set_xlabel("environment steps")
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
