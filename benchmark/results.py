@@ -61,28 +61,23 @@ def read_run(folder: Path) -> dict:
     }
 
 
-def main(name: str, command: str, *folders: str) -> None:
-    runs = [read_run(Path(folder)) for folder in folders]
-    rewards = [run["metrics"]["reward_percent"] for run in runs]
+def write(name: str, commands: list[str], runs: list[dict], summary: dict) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    result = {
-        "name": name,
-        "commands": [command],
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
-        "runs": runs,
-        "summary": {
-            "seeds": len(runs),
-            "reward_percent_mean": statistics.mean(rewards),
-            "reward_percent_min": min(rewards),
-            "reward_percent_max": max(rewards),
-        },
-    }
+    result = {"name": name, "commands": commands, "commit": commit, "date": datetime.date.today().isoformat()}
+    result |= {"hardware": hardware(), "runs": runs, "summary": summary}
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 
 
+def main(name: str, command: str, *folders: str) -> None:
+    runs = [read_run(Path(folder)) for folder in folders]
+    rewards = [run["metrics"]["reward_percent"] for run in runs]
+    summary = {"seeds": len(runs), "reward_percent_mean": statistics.mean(rewards)}
+    write(name, [command], runs, summary | {"reward_percent_min": min(rewards), "reward_percent_max": max(rewards)})
+
+
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -182,7 +182,7 @@ def toy(tiny):
         inputs = model.params, args, 256, codebook.size, windows, None
         grads, logs = jax.grad(twm.world_model_loss, has_aux=True)(*inputs)
         updates, opt_state = twm.adam(args, 3e-3).update(grads, model.opt_state)
-        return twm.WorldModelState(jax.tree.map(jnp.add, model.params, updates), opt_state), logs
+        return twm.Learner(jax.tree.map(jnp.add, model.params, updates), opt_state), logs
 
     def train(model, batches):
         for batch in batches:

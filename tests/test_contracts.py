@@ -20,13 +20,15 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 SNAPSHOT = ROOT / "tests" / "help_twm_dyna_craftax.txt"
 
 # Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
+CRAFTAX = {"twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"}
 EXPECTED_BLOCKS = {
-    "common flags": {"twm_dyna_craftax.py"},
-    "policy flags": {"twm_dyna_craftax.py"},
-    "command line": {"twm_dyna_craftax.py"},
-    "craftax agent": {"twm_dyna_craftax.py"},
-    "run folder": {"twm_dyna_craftax.py"},
-    "craftax run": {"twm_dyna_craftax.py"},
+    "common flags": CRAFTAX,
+    "policy flags": CRAFTAX,
+    "command line": CRAFTAX,
+    "craftax agent": CRAFTAX,
+    "run folder": CRAFTAX,
+    "craftax run": CRAFTAX,
+    "training loop": CRAFTAX,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
 
@@ -131,13 +133,15 @@ SOMETIMES = {"perf/peak_device_memory_gb"}  # documented, but logged only where 
 def test_logged_keys_are_the_documented_keys(smoke_run):
     logged = {key for line in metrics_of(smoke_run.folder) for key in line if key != "step"}
     logged |= set(twm.episode_charts(np.ones((3, 25))))  # short runs may finish no episode
-    logged |= {f"media/{re.sub(r'_[0-9]+$', '', path.stem)}" for path in (smoke_run.folder / "media").iterdir()}
     logged = {re.sub("^achievements/.*", "achievements/*", key) for key in logged}
     page = ROOT / "docs" / f"{SCRIPT.stem}.md"
     assert page.exists(), f"there is no {page.relative_to(ROOT)}"
     cells = re.findall(r"^\|([^|]*)\|", page.read_text(), re.M)  # first column of every table
     documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w*]+)`", cell)}
     assert not logged - documented, f"logged but not documented: {sorted(logged - documented)}"
+    for path in (smoke_run.folder / "media").iterdir():
+        name = re.sub(r"_[0-9]+\.", "_*.", path.name)
+        assert f"`{name}`" in page.read_text(), f"the page does not tell what media/{name} shows"
     extra = documented - logged - SOMETIMES
     assert not extra, f"documented but never logged: {sorted(extra)}"
 

@@ -99,6 +99,11 @@ def test_gru_with_a_reset_inside_equals_two_separate_sequences():
     assert np.abs(outputs - gru.apply(variables, inputs, never, hidden)[0])[3:].max() > 1e-2  # the reset did something
 
 
+def with_clear_preferences(params):
+    """Fresh policies choose almost uniformly, because the actor's last layer starts at 0.01 of the usual size."""
+    return jax.tree.map(lambda leaf: leaf * 100 if leaf.shape[-1] == twm.NUM_ACTIONS else leaf, params)
+
+
 @pytest.mark.parametrize("encoder", ["cells", "impala"])
 def test_policy_with_a_reset_inside_equals_two_separate_sequences(tiny, encoder):
     args = tiny(encoder=encoder, encoder_channels=(4, 4), gru_size=8, tower_size=8)
@@ -107,8 +112,7 @@ def test_policy_with_a_reset_inside_equals_two_separate_sequences(tiny, encoder)
     resets, never = np.zeros((5, 2), bool), np.zeros((5, 2), bool)
     resets[2, 1] = True  # of the second environment only
     params = twm.init_policy(args, jax.random.PRNGKey(0)).params
-    for tower in ("Tower_0", "Tower_1"):  # logits and values that depend on the hidden state clearly
-        params[tower] = jax.tree.map(lambda leaf: leaf * 5, params[tower])
+    params = with_clear_preferences(params)
     apply = jax.jit(lambda *inputs: twm.Policy(args).apply({"params": params}, *inputs))
     whole, first, second = (
         apply(frames, resets, hidden),
@@ -152,7 +156,7 @@ def test_cells_are_the_patches_of_the_map_in_row_major_order():
 def test_actions_come_with_their_own_logprobs_and_greedy_takes_the_likeliest(tiny):
     args = tiny()
     params = twm.init_policy(args, jax.random.PRNGKey(0)).params
-    params["Tower_0"] = jax.tree.map(lambda leaf: leaf * 3, params["Tower_0"])  # less uniform actions
+    params = with_clear_preferences(params)
     frame = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 63, 63, 3), np.uint8))
     inputs = frame, jnp.zeros(64, bool), jnp.zeros((64, args.gru_size))
     apply, act = jax.jit(twm.Policy(args).apply), jax.jit(twm.act, static_argnums=0)
