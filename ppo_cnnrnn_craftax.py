@@ -618,9 +618,8 @@ class Run:
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
-            if not args.eval_only:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                shutil.copy(script, self.folder)
+            if not (args.resume or args.eval_only):
+                self.keep_settings(args)
         except OSError as error:
             reason = f"cannot write to {self.folder} ({error.strerror})"
             raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
@@ -638,11 +637,16 @@ class Run:
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 
-    def rewind(self, step: int) -> None:
-        """Forget logged lines beyond `step`: they will be computed again."""
+    def keep_settings(self, args: Args) -> None:
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        shutil.copy(Path(__file__), self.folder)
+
+    def rewind(self, args: Args, step: int) -> None:
+        """A resumed run: keep its settings, forget logged lines beyond `step`, which will be computed again."""
         path = self.folder / "metrics.jsonl"
-        if self.writes and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        if self.writes:
+            self.keep_settings(args)
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
             path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -844,7 +848,7 @@ def dry_run(args: Args) -> None:
     updates = args.update_epochs * args.num_minibatches
     # Collecting costs one forward pass per frame, a third of a gradient step's arithmetic.
     eta = args.num_iterations * (updates + args.num_minibatches / 3) * seconds
-    print(f"policy     {sum(leaf.size for leaf in jax.tree.leaves(state.policy.params)):,} values")
+    print(f"policy     {sum(leaf.size for leaf in jax.tree.leaves(state.policy.params)):,} parameters")
     print(f"PPO        {args.num_iterations} iterations of {updates} gradient steps, {flop / 1e12:.4g} TFLOP each")
     print(f"memory     a gradient step {train_step.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB")
     print(f"measured   a gradient step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
@@ -865,7 +869,7 @@ def train(args: Args) -> None:
     state = init_state(args)
     if args.resume:
         state = load_checkpoint("--resume", run.folder, state)
-        run.rewind(int(state.iteration) * env_steps)
+        run.rewind(args, int(state.iteration) * env_steps)
     print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
     started, first = time.perf_counter(), int(state.iteration)
     for iteration in range(first, args.num_iterations):

@@ -82,10 +82,9 @@ def help_text(capsys, monkeypatch) -> str:
         twm.parse_args(["--help"])
     assert end.value.code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    text = re.sub(r"[^\x00-\x7f]", " ", text)  # box drawing
-    text = text[text.index("Dyna with a transformer") :]  # the usage line before it wraps as it likes
-    words = " ".join(text.split())
-    return re.sub(r" (--[a-z-]+(?:,| [A-Z{]))", r"\n\1", words).strip() + "\n"
+    text = re.sub(r"[^\x00-\x7f]|-{5,}", " ", text)  # box drawing
+    words = " ".join(text[text.index("--help") :].split())  # what stands before it is the script's docstring
+    return re.sub(r" (--[a-z-]+(?:,| [\[A-Z{]))", r"\n\1", words).strip() + "\n"
 
 
 def test_help_is_the_snapshot(capsys, monkeypatch):
