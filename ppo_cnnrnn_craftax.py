@@ -20,6 +20,7 @@ Axes: B environments, T steps, H W C pixels, D hidden size, A actions.
 
 import argparse
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -606,15 +607,14 @@ class Run:
     def __init__(self, args: Args, writes: bool = True):
         script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
         new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
-        self.folder, self.writes, self.stop, self.wandb = (
+        self.folder, self.writes = (
             Path(args.resume or args.eval_only or new),
             writes,
-            False,
-            None,
-        )
+        )  # of several processes, one writes
+        self.stop, self.wandb = False, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
-        if not writes:  # of several processes, one writes
+        if not writes:
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
@@ -690,10 +690,8 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.StandardSave(state), force=True)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"checkpoint {step} of {folder} was not written ({reason}): make room, then --resume."
-        ) from error
+        reason = f"was not written ({str(error).splitlines()[0][:200]}): make room, then --resume {folder}"
+        raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
@@ -709,6 +707,10 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
                     print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)
     way_out = f"name a run of {Path(__file__).name}, without flags that change a size"
     raise UserError(f"{flag} {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
+
+
+def size_in_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Clock:
@@ -859,10 +861,8 @@ def dry_run(args: Args) -> None:
 def train(args: Args) -> None:
     """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
     run = Run(args, writes=jax.process_index() == 0)
-    env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
-    needed = 3 * sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args)))
-    )
+    env_steps, base_key = args.num_envs * args.num_steps, jax.random.fold_in(jax.random.PRNGKey(args.seed), 1_000_000)
+    needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
         raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
@@ -881,7 +881,7 @@ def train(args: Args) -> None:
         eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
         print(progress_line(args, step, logs, eta), flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
-            write_media(args, run, step, state, rollout, key)
+            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         if (iteration + 1) % args.save_every == 0 or last or run.stop:
             save_checkpoint(run.folder, step, state)
         if run.stop:
@@ -904,7 +904,9 @@ def main() -> None:
             evaluate(args, run, state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
         else:
             train(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -23,6 +23,7 @@ S tokens (82 a step: the cells, then the action), K codes, V codes that the outp
 
 import argparse
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -1022,15 +1023,14 @@ class Run:
     def __init__(self, args: Args, writes: bool = True):
         script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
         new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
-        self.folder, self.writes, self.stop, self.wandb = (
+        self.folder, self.writes = (
             Path(args.resume or args.eval_only or new),
             writes,
-            False,
-            None,
-        )
+        )  # of several processes, one writes
+        self.stop, self.wandb = False, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
-        if not writes:  # of several processes, one writes
+        if not writes:
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
@@ -1106,10 +1106,8 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.StandardSave(state), force=True)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"checkpoint {step} of {folder} was not written ({reason}): make room, then --resume."
-        ) from error
+        reason = f"was not written ({str(error).splitlines()[0][:200]}): make room, then --resume {folder}"
+        raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
@@ -1125,6 +1123,10 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
                     print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)
     way_out = f"name a run of {Path(__file__).name}, without flags that change a size"
     raise UserError(f"{flag} {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
+
+
+def size_in_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Clock:
@@ -1223,15 +1225,11 @@ class TrainState:
 def init_state(args: Args) -> TrainState:
     key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
     codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
-    everywhere = (
-        jnp.zeros((), jnp.int32),
-        init_policy(args, key_policy),
-        jnp.zeros((1 + args.window_iterations, 25)),
-        codebook,
-    )
-    iteration, policy, sums, codebook = jax.device_put(everywhere, on_devices(None))
-    model = jax.device_put(init_world_model(args, key_model), on_devices(None))
-    return TrainState(iteration, policy, init_env(args, key_env), sums, codebook, model, init_replay(args))
+    replicated = functools.partial(jax.device_put, device=on_devices(None))
+    sums, iteration = replicated((jnp.zeros((1 + args.window_iterations, 25)), jnp.zeros((), jnp.int32)))
+    policy, model = replicated((init_policy(args, key_policy), init_world_model(args, key_model)))
+    env, replay = init_env(args, key_env), init_replay(args)
+    return TrainState(iteration, policy, env, sums, replicated(codebook), model, replay)
 
 
 def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
@@ -1324,16 +1322,14 @@ def dry_run(args: Args) -> None:
         print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters")
     for name, (iterations, updates, work) in plan.items():
         print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
-    replay_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replay))
-    temporaries = train_step.memory_analysis().temp_size_in_bytes
+    state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
+    print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
     tokens, eta = (
         args.wm_batch_size * args.context * BLOCK,
         sum(n * work for n, _, work in plan.values()) / flop * seconds,
     )
-    print(f"memory         replay {replay_bytes / 1e9:.2f} GB, a world-model step {temporaries / 1e9:.2f} GB on top")
-    print(
-        f"measured       {tokens:,} tokens of a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s"
-    )
+    print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
+    print(f"measured       a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
     print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
 
 
@@ -1341,10 +1337,8 @@ def dry_run(args: Args) -> None:
 def train(args: Args) -> None:
     """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
     run = Run(args, writes=jax.process_index() == 0)
-    env_steps, base_key = args.num_envs * args.num_steps, jax.random.PRNGKey(args.seed)
-    needed = 3 * sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(args)))
-    )
+    env_steps, base_key = args.num_envs * args.num_steps, jax.random.fold_in(jax.random.PRNGKey(args.seed), 1_000_000)
+    needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
         raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
@@ -1363,7 +1357,7 @@ def train(args: Args) -> None:
         eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
         print(progress_line(args, step, logs, eta), flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
-            write_media(args, run, step, state, rollout, key)
+            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         if (iteration + 1) % args.save_every == 0 or last or run.stop:
             save_checkpoint(run.folder, step, state)
         if run.stop:
@@ -1386,7 +1380,9 @@ def main() -> None:
             evaluate(args, run, state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
         else:
             train(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -37,6 +37,16 @@ def hardware() -> dict:
     }
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit_of(script: Path) -> str | None:
+    """The first commit that held exactly this script, which a run folder keeps a copy of."""
+    found = git("log", "--reverse", "--format=%H", f"--find-object={git('hash-object', str(script))}").splitlines()
+    return found[0] if found else None
+
+
 def read_run(folder: Path) -> dict:
     args = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -45,6 +55,7 @@ def read_run(folder: Path) -> dict:
     return {
         "label": folder.name.rsplit("__", 2)[0],
         "seed": args["seed"],
+        "commit": commit_of(next(folder.glob("*.py"))),
         "steps": lines[-1]["step"],
         # A phase is timed without compilation, which is counted apart.
         "wall_seconds": round(
@@ -62,8 +73,12 @@ def read_run(folder: Path) -> dict:
 
 
 def write(name: str, commands: list[str], runs: list[dict], summary: dict) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    result = {"name": name, "commands": commands, "commit": commit, "date": datetime.date.today().isoformat()}
+    result = {
+        "name": name,
+        "commands": commands,
+        "commit": git("rev-parse", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+    }
     result |= {"hardware": hardware(), "runs": runs, "summary": summary}
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
