@@ -25,8 +25,8 @@ OUT_OF_PLACE = {  # flags beside --preset smoke (4 environments x 6 steps, conte
     "odd head size": (["--wm-size", "6", "--wm-heads", "2"], ["--wm-size 6", "--wm-heads 2"]),
     "heads that do not divide": (["--wm-heads", "3"], ["--wm-size 32", "--wm-heads 3"]),
     "imagination beyond the context": (["--imagination-steps", "5"], ["--imagination-steps 5", "--context 4"]),
-    "context beyond the rollout": (["--context", "6"], ["--num-steps 6", "--context 6"]),
-    "burn-in beyond the rollout": (["--burn-in", "6"], ["--num-steps 6", "--burn-in 6"]),
+    "context beyond the rollout": (["--context", "6"], ["--num-steps 6", "--context"]),
+    "burn-in beyond the rollout": (["--burn-in", "6"], ["--num-steps 6", "--burn-in"]),
     "codebook too large": (["--codebook-size", "70000"], ["--codebook-size 70000"]),
     "replay too small": (["--replay-size", "20"], ["--replay-size 20", "24"]),
     "no channels": (["--encoder-channels"], ["--encoder-channels"]),
@@ -77,11 +77,21 @@ def test_what_the_flag_parser_refuses(flags, named, call_main, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [[], ["--num-minibatches", "1", "--wm-batch-size", "9"], ["--num-envs", "6"]])
-def test_batches_that_devices_do_not_divide_are_refused(flags, call_main, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({"num-envs": 4, "num-minibatches": 1}, "--num-envs"),
+        ({"num-envs": 6, "num-minibatches": 3}, "--num-minibatches"),  # minibatches of two environments
+        ({"wm-batch-size": 4}, "--wm-batch-size 4"),
+        ({"imagination-envs": 4}, "--imagination-envs 4"),
+    ],
+)
+def test_batches_that_devices_do_not_divide_are_refused(flags, named, call_main, monkeypatch):
     monkeypatch.setattr(twm, "train", lambda args: pytest.fail("it was not refused"))
     monkeypatch.setattr(jax, "device_count", lambda *_: 3)
-    assert_refused(call_main("--preset", "smoke", *flags), ["3 devices", "--"])
+    good = {"num-envs": 3, "num-minibatches": 1, "wm-batch-size": 3, "imagination-envs": 3}
+    flags = [part for flag, value in (good | flags).items() for part in (f"--{flag}", value)]
+    assert_refused(call_main("--preset", "smoke", *flags), ["3 devices", named])
 
 
 def test_flags_beside_a_preset_win_over_it(call_main, monkeypatch):
@@ -95,7 +105,7 @@ def test_flags_beside_a_preset_win_over_it(call_main, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "3", '{"no_such_flag": 1}', '{"num_envs": "four"}', '{"num_envs": null}', '{"gamma": [1, 2]}'],
+    ["{", "[]", "3", '{"no_such_flag": 1}', '{"num_envs": "four"}', '{"num_envs": null}', '{"gamma": [0, 1]}'],
 )
 def test_broken_settings_of_a_run_folder_are_refused(content, call_main, monkeypatch, tmp_path):
     monkeypatch.setattr(twm, "train", lambda args: pytest.fail("it was not refused"))
@@ -147,8 +157,11 @@ def test_dry_run_starts_nothing(call_main, monkeypatch, tmp_path):
     code, out, err = call_main("--preset", "smoke", "--dry-run")
     assert code == 0, err
     assert not (tmp_path / "runs").exists()
-    for word in ("parameters", "FLOP", "memory", "ETA"):
-        assert word.lower() in out.lower(), f"it does not tell {word}"
+    args = twm.PRESETS["smoke"]
+    policy = jax.eval_shape(lambda: twm.init_policy(args, jax.random.PRNGKey(0))).params
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(policy))
+    for word in (f"{parameters:,}", "FLOP", "memory", "ETA"):
+        assert word in out, f"it does not tell {word}"
 
 
 def test_messages_name_the_script(call_main):
