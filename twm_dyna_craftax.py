@@ -128,8 +128,8 @@ PRESETS = {
     "paper": Args(),
     "cpu": Args(
         preset="cpu", total_steps=100_000, encoder="cells", encoder_channels=(48, 48), tower_size=512, update_epochs=3,
-        codebook_size=1024, context=6, wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150, warmup_steps=20_000,
-        imagination_updates=30, imagination_steps=6, save_every=5, media_every=5,
+        codebook_size=1024, context=6, wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150, warmup_steps=40_000,
+        imagination_updates=10, imagination_envs=144, imagination_steps=6, save_every=5, media_every=5,
     ),
     "smoke": Args(
         preset="smoke", total_steps=96, num_envs=4, num_steps=6, encoder="cells", encoder_channels=(16, 16),

@@ -139,19 +139,23 @@ def rollouts():
 
 
 # --- A toy world ---
-TOY_CODES = 6
+# Its mode, 0 to 5, only grows: to the strength of an action, if that is more. So what happens is a function of the
+# frame and the action, and can be learnt in seconds: an earlier action in view never contradicts the latest one.
+TOY_MODES = 6
+TOY_CODES = 2 * TOY_MODES  # two kinds of cells
 TOY_PATTERN = np.random.default_rng(0).choice(2, size=81, p=[0.7, 0.3])
 
 
 def toy_frame(mode):
     """Int[...] mode of the toy -> its tokens Int[..., 81]."""
-    return (np.asarray(mode)[..., None] + TOY_PATTERN) % TOY_CODES
+    return np.asarray(mode)[..., None] + TOY_MODES * TOY_PATTERN
 
 
 def toy_step(mode, action):
-    """Everything that happens in the toy: next mode, reward, done. Each depends on mode and action, by no chance."""
-    mode, push = np.asarray(mode), np.asarray(action) % 3
-    return (mode + push) % TOY_CODES, (push == 1) & (mode % 2 == 0), (push == 2) & (mode == 3)
+    """Everything that happens in the toy: next mode, reward, done. Each depends on mode and action, none on chance."""
+    mode, action = np.asarray(mode), np.asarray(action).astype(int)
+    strength = np.maximum(action - 11, 0)  # of the actions 12 to 16: 1 to 5
+    return np.maximum(mode, strength), (action % 3 == 1) & (mode < 3), action % 4 == 2
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +169,7 @@ def toy(tiny):
     def windows(batch, length, seed):
         rng = np.random.default_rng(seed)
         actions = rng.integers(0, twm.NUM_ACTIONS, (batch, length))
-        mode, modes, rewards, dones = rng.integers(0, TOY_CODES, batch), [], [], []
+        mode, modes, rewards, dones = rng.integers(0, TOY_MODES, batch) // 2, [], [], []
         for t in range(length):
             modes.append(mode)
             mode, reward, done = toy_step(mode, actions[:, t])

@@ -33,7 +33,7 @@ OUT_OF_PLACE = {  # flags beside --preset smoke (4 environments x 6 steps, conte
     "a channel of size 0": (["--encoder-channels", "16", "0"], ["--encoder-channels"]),
     "negative period": (["--media-every", "-1"], ["--media-every -1"]),
     "negative seed": (["--seed", "-1"], ["--seed -1"]),
-    "a seed beyond 32 bits": (["--seed", "99999999999"], ["--seed 99999999999"]),
+    "a seed too large": (["--seed", "1" + 30 * "0"], ["--seed 1000"]),
     "two folders": (["--resume", "one", "--eval-only", "two"], ["--resume", "--eval-only"]),
     "unknown preset": (["--preset", "large"], ["--preset large", "paper", "cpu", "smoke"]),
     "missing resume folder": (["--resume", "nowhere"], ["--resume nowhere"]),

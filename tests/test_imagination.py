@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TOY_CODES, metrics_of, toy_frame, toy_step
+from conftest import TOY_MODES, metrics_of, toy_frame, toy_step
 
 import twm_dyna_craftax as twm
 
@@ -36,7 +36,7 @@ def dream(toy):
 
 def modes_of(dream, frames):
     """Toy frames UInt8[..., 63, 63, 3] -> their modes; fails if a frame is none of the toy's six."""
-    known = np.asarray(twm.decode(dream.codebook, jnp.asarray(toy_frame(np.arange(TOY_CODES)))))
+    known = np.asarray(twm.decode(dream.codebook, jnp.asarray(toy_frame(np.arange(TOY_MODES)))))
     frames = np.asarray(frames)
     same = (frames[..., None, :, :, :] == known).all((-1, -2, -3))  # Bool[..., 6]
     assert (same.sum(-1) == 1).all(), "a frame is none of the toy's"
@@ -73,13 +73,13 @@ def test_replayed_actions_reproduce_the_toy_exactly(dream):
 def test_given_frames_are_true_and_the_following_ones_go_on_from_them(dream):
     windows = dream.windows(batch=8, length=dream.args.context + 1, seed=300)
     jump = toy_frame(
-        np.arange(8) % TOY_CODES
+        np.arange(8) % TOY_MODES
     )  # the second frame is replaced by another, which the model must go on from
     windows = windows.replace(tokens=windows.tokens.at[:, 1].set(jump.astype(np.uint16)))
     key = jax.random.PRNGKey(0)
     tokens = twm.replay_actions(dream.args, 256, 2, dream.params, dream.codebook.size, windows, key)
     np.testing.assert_array_equal(tokens[:, :2], windows.tokens[:, :2])
-    mode = toy_step(np.arange(8) % TOY_CODES, windows.actions[:, 1])[0]
+    mode = toy_step(np.arange(8) % TOY_MODES, windows.actions[:, 1])[0]
     np.testing.assert_array_equal(tokens[:, 2], toy_frame(mode))
 
 
