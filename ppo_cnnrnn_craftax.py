@@ -749,8 +749,8 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
     for mode in ("stochastic", "greedy"):
         rows, frames = [], []
         for batch in range(-(-args.eval_episodes // args.num_envs)):
-            key, part = jax.random.fold_in(jax.random.PRNGKey(0), batch), 0
-            carry, first = init_env(args, key), np.zeros((args.num_envs, 25))  # first: record of the first episode
+            (key_env, key), part = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(0), batch)), 0
+            carry, first = init_env(args, key_env), np.zeros((args.num_envs, 25))  # record of each one's first episode
             while not first[:, 0].all():
                 part += 1
                 carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), mode == "greedy")
