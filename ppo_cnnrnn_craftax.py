@@ -142,6 +142,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
             saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            wrong = [name for name, value in saved.items() if type(value) is not type(getattr(default, name, None))]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r}")
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
@@ -681,14 +684,16 @@ class Run:
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
     """Orbax writes a checkpoint aside and renames it when it is whole; the last two are kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    handlers = {"state": ocp.StandardCheckpointHandler()}
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options, item_handlers=handlers)
 
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
     try:
+        shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)  # a damaged one, computed again
         with checkpoints(folder) as manager:
-            manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
         reason = f"was not written ({str(error).splitlines()[0][:200]}): make room, then --resume {folder}"
         raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
@@ -696,12 +701,19 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
     """The newest checkpoint that can be read, placed and shaped as `like`. Raises UserError if there is none."""
+
+    def sizes(tree):
+        return sorted((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+
     problem = "there is none"
     if (folder / "checkpoints").is_dir():
         with checkpoints(folder) as manager:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
-                    return manager.restore(step, args=ocp.args.StandardRestore(like))
+                    stored = manager.item_metadata(step).state
+                    if sizes(stored) != sizes(like):
+                        raise ValueError("its arrays have other sizes")
+                    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
                     problem = f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
                     print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)

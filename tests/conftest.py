@@ -161,15 +161,15 @@ def toy_step(mode, action):
 @pytest.fixture(scope="session")
 def toy(tiny):
     """Sixteen sequences of the toy world, a world model that has memorised all of it, and how its losses fell."""
-    args = tiny(context=3, imagination_steps=3, wm_size=48, wm_layers=2, burn_in=2, imagination_envs=6)
+    args = tiny(context=3, imagination_steps=3, wm_layers=2, burn_in=2, imagination_envs=6)
     rng = np.random.default_rng(1)
     codes = jnp.zeros((args.codebook_size, 147), jnp.uint8)
     codebook = twm.Codebook(codes.at[:TOY_CODES].set(rng.integers(0, 256, (TOY_CODES, 147))), jnp.int32(TOY_CODES))
 
-    def windows(batch, length, seed):
+    def windows(batch, length, seed, with_frames=True):
         rng = np.random.default_rng(seed)
         actions = rng.integers(0, twm.NUM_ACTIONS, (batch, length))
-        mode, modes, rewards, dones = rng.integers(0, TOY_MODES, batch) // 2, [], [], []
+        mode, modes, rewards, dones = rng.integers(0, TOY_MODES, batch), [], [], []
         for t in range(length):
             modes.append(mode)
             mode, reward, done = toy_step(mode, actions[:, t])
@@ -177,15 +177,31 @@ def toy(tiny):
             dones.append(done)
         modes, rewards, dones = (np.stack(x, axis=1) for x in (modes, rewards, dones))
         tokens = toy_frame(modes)
-        frames = np.stack([np.asarray(twm.decode(codebook, jnp.asarray(one))) for one in tokens])
-        arrays = tokens.astype(np.uint16), actions.astype(np.uint8), rewards.astype(np.float32), dones, frames
-        return twm.Steps(*map(jnp.asarray, arrays))
+        frames = twm.decode(codebook, jnp.asarray(tokens.reshape(-1, 81))).reshape(batch, length, 63, 63, 3)
+        frames = frames if with_frames else None
+        arrays = tokens.astype(np.uint16), actions.astype(np.uint8), rewards.astype(np.float32), dones
+        return twm.Steps(*map(jnp.asarray, arrays), frames)
+
+    def init(seed):
+        """A fresh model whose heads look at actions from the start: to find out that one of 82 tokens matters takes
+        thousands of steps, to learn what it means a hundred. Done by a common part of all action embeddings that the
+        slowest rotary dimension of every head asks for.
+        """
+        model = twm.init_world_model(args, jax.random.PRNGKey(seed))
+        params, heads, size = model.params, args.wm_heads, args.wm_size // args.wm_heads
+        params["action_table"] = params["action_table"].at[:, 0].add(0.1)
+        for i in range(args.wm_layers):
+            qkv, slowest = params[f"blocks_{i}"]["qkv"], size // 2 - 1
+            kernel = qkv["kernel"].reshape(-1, 3, heads, size).at[0, 1, :, slowest].set(2.0)  # keys
+            bias = qkv["bias"].reshape(3, heads, size).at[0, :, slowest].set(5.0)  # queries
+            params[f"blocks_{i}"]["qkv"] = {"kernel": kernel.reshape(len(kernel), -1), "bias": bias.reshape(-1)}
+        return model
 
     @jax.jit
     def update(model, windows):
         inputs = model.params, args, 256, codebook.size, windows, None
         grads, logs = jax.grad(twm.world_model_loss, has_aux=True)(*inputs)
-        updates, opt_state = twm.adam(args, 3e-3).update(grads, model.opt_state)
+        updates, opt_state = twm.adam(args, 5e-3).update(grads, model.opt_state)
         return twm.Learner(jax.tree.map(jnp.add, model.params, updates), opt_state), logs
 
     def train(model, batches):
@@ -193,4 +209,4 @@ def toy(tiny):
             model, logs = update(model, batch)
         return model, jax.device_get(logs)
 
-    return SimpleNamespace(args=args, codebook=codebook, windows=windows, train=train)
+    return SimpleNamespace(args=args, codebook=codebook, windows=windows, init=init, train=train)

@@ -210,11 +210,11 @@ def test_dropout_reaches_attention_weights_and_residual_branches(small, part, mo
 
 def test_it_overfits_sixteen_windows(toy):
     """Deterministic transitions: all three losses can vanish, and do."""
-    model = twm.init_world_model(toy.args, jax.random.PRNGKey(0))
-    windows = toy.windows(batch=16, length=toy.args.context + 1, seed=0).replace(frames=None)
+    model = toy.init(seed=0)
+    windows = toy.windows(batch=16, length=toy.args.context + 1, seed=0, with_frames=False)
     assert 0 < windows.rewards.mean() < 1 and 0 < windows.dones.mean() < 1
     _, first = toy.train(model, [windows])
-    _, last = toy.train(model, [windows] * 250)
+    _, last = toy.train(model, [windows] * 100)
     assert first["token_loss"] > 2
-    assert last["token_loss"] < 0.05 and last["token_accuracy"] > 0.999
-    assert last["reward_loss"] < 0.05 and last["done_loss"] < 0.05
+    assert last["token_loss"] < 0.02 and last["token_accuracy"] > 0.9999
+    assert last["reward_loss"] < 0.02 and last["done_loss"] < 0.02
