@@ -750,7 +750,7 @@ class Clock:
 def progress_line(args: Args, step: int, logs: dict[str, float], eta: float) -> str:
     keys = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
     values = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in keys if key in logs)
-    return f"step {step:,} of {args.total_steps:,}  {values}  ETA {eta / 3600:.0f}:{eta / 60 % 60:02.0f} h"
+    return f"step {step:,} of {args.total_steps:,}  {values}  ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02} h"
 
 
 def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
