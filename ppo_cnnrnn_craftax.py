@@ -167,7 +167,7 @@ def check_policy_args(args: Args) -> None:
     for name, value in dataclasses.asdict(args).items():
         numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in zero_allowed or isinstance(value, float) else 1
-        high = 1 if name in ("gamma", "gae_lambda", "value_norm_decay") else math.inf
+        high = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "value_norm_decay": 1}.get(name, math.inf)
         for number in numbers or (0,):
             if type(number) in (int, float) and not (low <= number <= high and math.isfinite(number)):
                 reason = f"is out of range: give {'numbers' if numbers is value else 'a number'} from {low} to {high}"
@@ -691,7 +691,8 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
     try:
-        shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)  # a damaged one, computed again
+        if (damaged := folder / "checkpoints" / str(step)).exists():  # else it would not be computed again
+            shutil.rmtree(damaged)
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:

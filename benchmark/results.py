@@ -62,7 +62,7 @@ def read_run(folder: Path) -> dict:
             sum(value for line in lines for key, value in line.items() if key.startswith("perf/seconds_"))
             + sum(line["perf/compile_seconds"] for line in lines)
         ),
-        "settings": args,
+        "settings": {name: value for name, value in args.items() if name not in ("runs_dir", "resume", "eval_only")},
         "metrics": {key.split("/")[1]: value for key, value in lines[-1].items() if "/" in key},
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
         "curve": {
