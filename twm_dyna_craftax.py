@@ -1294,8 +1294,9 @@ def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rol
     """The codebook, one environment's rollout, and four true sequences, each above its imagined copy under the same
     actions: true frames have a green border, imagined ones a red one.
     """
-    codes = np.zeros((-(-int(state.codebook.size) // 32) * 32, CELL + 1, CELL + 1, 3), np.uint8)
-    codes[:, :-1, :-1] = np.asarray(state.codebook.codes[: len(codes)]).reshape(-1, CELL, CELL, 3)
+    in_use = np.asarray(state.codebook.codes)[: int(state.codebook.size)]
+    codes = np.zeros((-(-len(in_use) // 32) * 32, CELL + 1, CELL + 1, 3), np.uint8)
+    codes[: len(in_use), :-1, :-1] = in_use.reshape(-1, CELL, CELL, 3)
     run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
     run.media(step, "rollout", rollout.frames[:, 0])
     given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -74,6 +75,34 @@ def test_eval_only_gives_the_numbers_of_the_run_again(smoke_run, tmp_path, call_
     for name in ("args.json", "metrics.jsonl", SCRIPT.name):
         assert (folder / name).read_bytes() == (smoke_run.folder / name).read_bytes(), f"{name} was changed"
     assert not (tmp_path / "runs").exists()
+
+
+def test_pictures_show_what_they_say(tiny):
+    """With a full codebook of 40 codes, which fill one row of 32 and part of the next, and an empty replay."""
+    args, shown = tiny(codebook_size=40), {}
+    codes = np.random.default_rng(0).integers(1, 256, (40, 147), np.uint8)
+    state = twm.init_state(args)
+    state = state.replace(
+        codebook=twm.Codebook(jax.numpy.asarray(codes), jax.numpy.int32(40)),
+        replay=state.replay.replace(filled=jax.numpy.int32(16)),
+    )
+    rollout = SimpleNamespace(frames=np.random.default_rng(1).integers(0, 256, (6, 4, 63, 63, 3), np.uint8))
+    run = SimpleNamespace(media=lambda step, name, frames, scale=4: shown.update({name: np.asarray(frames)}))
+    twm.write_media(args, run, 24, state, rollout, jax.random.PRNGKey(0))
+
+    tiles = shown["codebook"].reshape(2, 8, 32, 8, 3).swapaxes(1, 2).reshape(64, 8, 8, 3)[:, :7, :7]
+    np.testing.assert_array_equal(tiles[:40], codes.reshape(40, 7, 7, 3))
+    assert (tiles[40:] == 0).all()
+    np.testing.assert_array_equal(shown["rollout"], rollout.frames[:, 0])
+    strips = shown["imagined_vs_true"].reshape(4, 2, 67, args.context + 1, 67, 3).swapaxes(2, 3)
+    green, red = strips[..., 0, 0, 1] > 128, strips[..., 0, 0, 0] > 128  # of the border, [sequence, true or not, time]
+    given = max(1, args.context // 4)
+    assert green[:, 0].all() and green[:, 1, :given].all() and not green[:, 1, given:].any()
+    np.testing.assert_array_equal(red, ~green)
+    assert (strips[:, 0, :, 2:-2, 2:-2] == 0).all()  # true frames come from the replay
+    first = twm.decode(twm.Codebook(codes, 40), np.zeros((1, 81), int))[0]  # imagined ones from tokens: given, 0
+    np.testing.assert_array_equal(strips[:, 1, 0, 2:-2, 2:-2], np.broadcast_to(first, (4, 63, 63, 3)))
+    assert (strips[:, 1, :, 2:-2, 2:-2] > 0).all()
 
 
 # --- Equal runs ---
