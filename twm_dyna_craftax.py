@@ -1147,6 +1147,7 @@ class Clock:
     """Seconds of each phase of an iteration, compilation apart."""
 
     compiling = 0.0  # seconds that this process has spent on it
+    listening = False
 
     def __init__(self):
         self.logs, self.compiled_before, self.last = {}, Clock.compiling, time.perf_counter() - Clock.compiling
@@ -1157,7 +1158,7 @@ class Clock:
         self.logs[f"perf/seconds_{phase}"], self.last = max(0.0, now - self.last), now
 
     def summary(self, env_steps: int) -> dict[str, float]:
-        logs = self.logs | {"perf/SPS": env_steps / sum(self.logs.values())}
+        logs = self.logs | {"perf/SPS": env_steps / max(sum(self.logs.values()), 1e-9)}
         logs["perf/compile_seconds"] = Clock.compiling - self.compiled_before
         logs["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if stats := jax.local_devices()[0].memory_stats():  # none on a CPU
@@ -1216,7 +1217,9 @@ def start_jax(args: Args) -> None:
     def listen(event: str, seconds: float, **_: Any) -> None:
         Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    if not Clock.listening:  # main() may be called more than once in a process
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        Clock.listening = True
 
 
 # --- end shared block: craftax run ---
