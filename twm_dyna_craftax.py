@@ -127,9 +127,10 @@ class Args:
 PRESETS = {
     "paper": Args(),
     "cpu": Args(
-        preset="cpu", total_steps=100_000, encoder="cells", encoder_channels=(48, 48), tower_size=512, update_epochs=3,
-        codebook_size=1024, context=6, wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150, warmup_steps=40_000,
-        imagination_updates=10, imagination_envs=144, imagination_steps=6, save_every=5, media_every=5,
+        preset="cpu", total_steps=100_000, encoder="cells", encoder_channels=(48, 24), tower_size=512,
+        learning_rate=3e-4, codebook_size=1024, context=6, wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150,
+        warmup_steps=40_000, imagination_updates=10, imagination_envs=144, imagination_steps=6, save_every=5,
+        media_every=5,
     ),
     "smoke": Args(
         preset="smoke", total_steps=96, num_envs=4, num_steps=6, encoder="cells", encoder_channels=(16, 16),
@@ -158,23 +159,27 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known = first.parse_known_args(argv)[0]
     if known.resume and known.eval_only:
         raise UserError("--resume and --eval-only exclude each other: give one of them.")
-    name, folder = known.preset or "paper", known.resume or known.eval_only
-    if name not in PRESETS:
-        raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
-    default = PRESETS[name]
-    if folder:
+    if (known.preset or "paper") not in PRESETS:
+        raise UserError(f"--preset {known.preset} does not exist: choose one of {', '.join(PRESETS)}.")
+    default = PRESETS[known.preset or "paper"]
+    if folder := known.resume or known.eval_only:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
             saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-            wrong = [name for name, value in saved.items() if type(value) is not type(getattr(default, name, None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r}")
+            for name, value in saved.items():
+                if type(value) is not type(getattr(default, name, None)):
+                    raise ValueError(f"{name} is {value!r}")
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
-            reason = f"its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote"
-            raise UserError(f"{flag} {folder}: {reason}.") from error
+            reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
+            flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
+            raise UserError(f"{flag} {folder}: {reason}; {way_out}.") from error
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+def require(args: Args, name: str, holds: bool, reason: str) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} {reason}.")
 
 
 # --- end shared block: command line ---
@@ -182,55 +187,39 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
-    check_policy_args(args)
+    sizes = {name: getattr(args, name) for name in ("wm_batch_size", "imagination_envs", "eval_episodes")}
+    check_policy_args(args, sizes)
     window, rollout = max(args.context, args.burn_in) + 1, args.num_envs * args.num_steps
-    if args.wm_dropout >= 1:
-        raise UserError(f"--wm-dropout {args.wm_dropout} drops everything: give a number below 1.")
-    if args.wm_size % (2 * args.wm_heads):
-        heads = f"{args.wm_heads} heads of even size, as rotary positions need"
-        raise UserError(f"--wm-size {args.wm_size} does not split into --wm-heads {heads}: try {32 * args.wm_heads}.")
-    if args.imagination_steps > args.context:
-        reason = f"is more than the world model can see: give at most --context {args.context}"
-        raise UserError(f"--imagination-steps {args.imagination_steps} {reason}.")
-    if args.num_steps < window:
-        needs = f"--context {args.context} and --burn-in {args.burn_in}"
-        reason = f"is less than the {window} frames that {needs} need: give at least {window}"
-        raise UserError(f"--num-steps {args.num_steps} {reason}.")
-    if args.replay_size < rollout:
-        raise UserError(f"--replay-size {args.replay_size} cannot hold one rollout: give at least {rollout}.")
-    if args.codebook_size > 65_536:
-        raise UserError(f"--codebook-size {args.codebook_size} does not fit into 16-bit tokens: give at most 65536.")
-    check_devices({"--wm-batch-size": args.wm_batch_size, "--imagination-envs": args.imagination_envs})
+    require(args, "wm_dropout", args.wm_dropout < 1, "drops everything: give a number below 1")
+    reason = f"does not split into --wm-heads {args.wm_heads} heads of even size, as rotary positions need"
+    require(args, "wm_size", args.wm_size % (2 * args.wm_heads) == 0, f"{reason}: try {32 * args.wm_heads}")
+    reason = f"is more than the world model can see: give at most --context {args.context}"
+    require(args, "imagination_steps", args.imagination_steps <= args.context, reason)
+    reason = f"is less than --context {args.context} and --burn-in {args.burn_in} need: give at least {window}"
+    require(args, "num_steps", args.num_steps >= window, reason)
+    require(args, "replay_size", args.replay_size >= rollout, f"cannot hold one rollout: give at least {rollout}")
+    require(args, "codebook_size", args.codebook_size <= 65_536, "does not fit into 16-bit tokens: give at most 65536")
 
 
 # --- shared block: craftax agent ---
-def check_policy_args(args: Args) -> None:
-    """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
+def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
+    """Refuse numbers out of range, and batches that devices do not divide. Raises UserError."""
     zero_allowed = {"seed", "media_every", "eval_episodes", "warmup_steps", "imagination_updates", "burn_in"}
     for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
         low = 0 if name in zero_allowed or isinstance(value, float) else 1
         high = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "value_norm_decay": 1}.get(name, math.inf)
-        for number in numbers or (0,):
-            if type(number) in (int, float) and not (low <= number <= high and math.isfinite(number)):
-                reason = f"is out of range: give {'numbers' if numbers is value else 'a number'} from {low} to {high}"
-                raise UserError(f"--{name.replace('_', '-')} {value} {reason}.")
-    if args.num_envs % args.num_minibatches:
-        reason = f"does not divide --num-envs {args.num_envs}: minibatches are made of whole environments"
-        try_this = math.gcd(args.num_envs, args.num_minibatches)
-        raise UserError(f"--num-minibatches {args.num_minibatches} {reason}. Try --num-minibatches {try_this}.")
-    if args.total_steps < (rollout := args.num_envs * args.num_steps):
-        reason = f"is less than one rollout of --num-envs {args.num_envs} x --num-steps {args.num_steps}"
-        raise UserError(f"--total-steps {args.total_steps} {reason}: give at least {rollout}.")
-    check_devices({"--num-envs / --num-minibatches": args.num_envs // args.num_minibatches})
-
-
-def check_devices(sizes: dict[str, int]) -> None:
-    """Batches are split evenly over all devices. Raises UserError."""
-    for flag, size in sizes.items():
-        if size % jax.device_count():
-            way_out = "make it a multiple, or hide devices (CUDA_VISIBLE_DEVICES)"
-            raise UserError(f"{flag} {size} does not split evenly over {jax.device_count()} devices: {way_out}.")
+        for number in (value or (0,)) if isinstance(value, tuple) else (value,):
+            fits = type(number) not in (int, float) or (low <= number <= high and math.isfinite(number))
+            require(args, name, fits, f"is out of range: give numbers from {low} to {high}")
+    envs, minibatches, rollout = args.num_envs, args.num_minibatches, args.num_envs * args.num_steps
+    reason = f"does not divide --num-envs {envs}: minibatches are made of whole environments"
+    require(args, "num_minibatches", envs % minibatches == 0, f"{reason}. Try {math.gcd(envs, minibatches)}")
+    require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
+    require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
+    way_out = f"does not split evenly over {jax.device_count()} devices: make it a multiple, or hide devices"
+    for name, size in {"num_envs": envs // minibatches, **divisible}.items():
+        unit = f"in {minibatches} minibatches " if name == "num_envs" else ""
+        require(args, name, size % jax.device_count() == 0, unit + way_out)
 
 
 @functools.cache
@@ -341,9 +330,8 @@ class ImpalaEncoder(nn.Module):
 
 class CellEncoder(nn.Module):
     """DEVIATION(cells): a CNN that knows the map grid, since two cores cannot pay for 3x3 convolutions on 63x63
-    pixels. A 7x7 convolution of stride 7 reads each cell, then 3x3 convolutions mix neighbours, as nine shifted slices
-    and a product: XLA's CPU backend is several times faster at the gradient of that than at a convolution's.
-    Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
+    pixels. Each colour of a frame is normalised, as above; a 7x7 convolution of stride 7, written as a product, reads
+    each cell; then 3x3 convolutions mix neighbours. Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
     """
 
     channels: tuple[int, ...]
@@ -351,12 +339,11 @@ class CellEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_normal())
-        x = nn.relu(dense(self.channels[0])(to_cells(x))).reshape(len(x), GRID, GRID, -1)
+        norm = nn.GroupNorm(None, group_size=1, epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        settings = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}
+        x = nn.relu(nn.Dense(self.channels[0], **settings)(to_cells(norm(x)))).reshape(len(x), GRID, GRID, -1)
         for features in self.channels[1:]:
-            padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-            shifted = [padded[:, i : i + GRID, j : j + GRID] for i in range(3) for j in range(3)]
-            x = nn.relu(dense(features)(jnp.concatenate(shifted, axis=-1)))
+            x = nn.relu(nn.Conv(features, (3, 3), **settings)(x))
         return x.reshape(len(x), -1)
 
 
@@ -1017,37 +1004,163 @@ def replay_actions(
     return jnp.concatenate([true[:, :1], tokens.swapaxes(0, 1)], axis=1)
 
 
+# --- Training ---
+@struct.dataclass
+class TrainState:
+    """All that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
+
+    iteration: Array
+    policy: Learner
+    env: EnvCarry
+    episode_sums: Array
+    codebook: Codebook
+    model: Learner
+    replay: Replay
+
+
+def init_state(args: Args) -> TrainState:
+    key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
+    replicated = functools.partial(jax.device_put, device=on_devices(None))
+    sums, iteration = replicated((jnp.zeros((1 + args.window_iterations, 25)), jnp.zeros((), jnp.int32)))
+    policy, model = replicated((init_policy(args, key_policy), init_world_model(args, key_model)))
+    env, replay = init_env(args, key_env), init_replay(args)
+    return TrainState(iteration, policy, env, sums, replicated(codebook), model, replay)
+
+
+def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
+    """[TWM] Algorithm 1, one round; the phases are Python loops over jitted steps."""
+    clock, logs, env_steps = Clock(), {}, args.num_envs * args.num_steps
+    key_collect, key_model, key_imagine = jax.random.split(key, 3)
+
+    # 1. Collect real steps.
+    env, rollout, records = collect(args, state.policy.params, state.env, key_collect)
+    sums = add_episodes(state.episode_sums, records)
+    clock.lap("collect", sums)
+
+    # 2. PPO on them.
+    policy, logs["losses/real"] = ppo_update(args, state.policy, rollout)
+    clock.lap("policy_real")
+
+    # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
+    codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
+    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
+    live = live_vocabulary(args, codebook), codebook.size
+    logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
+    replay = add_to_replay(state.replay, new)
+    clock.lap("tokenizer", replay)
+
+    # 3b. Train the world model.
+    model, log = state.model, []
+    for key in jax.random.split(key_model, args.wm_updates):
+        model, one = world_model_step(args, live[0], model, live[1], replay, key)
+        log.append(one)
+    logs["losses/world_model"] = mean_of(log)
+    clock.lap("world_model")
+
+    # 4. PPO on imagined rollouts, once the warmup is over.
+    warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
+    for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
+        policy, one = imagination_step(args, live[0], policy, model.params, codebook, replay, key)
+        log.append(one)
+    logs["losses/imagined"] = mean_of(log)
+    clock.lap("imagination")
+
+    logs = {f"{group}_{name}": value for group, log in logs.items() for name, value in log.items()}
+    logs |= {"world_model/codes": float(live[1]), "world_model/replay_steps": float(replay.filled * args.num_envs)}
+    state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
+    return state, rollout, episode_charts(sums) | logs | clock.summary(env_steps)
+
+
+def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
+    """The codebook, one environment's rollout, and four true sequences, each above its imagined copy under the same
+    actions: true frames have a green border, imagined ones a red one.
+    """
+    in_use = np.asarray(state.codebook.codes)[: int(state.codebook.size)]
+    codes = np.zeros((-(-len(in_use) // 32) * 32, CELL + 1, CELL + 1, 3), np.uint8)
+    codes[: len(in_use), :-1, :-1] = in_use.reshape(-1, CELL, CELL, 3)
+    run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
+    run.media(step, "rollout", rollout.frames[:, 0])
+    given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)
+    windows = sample_windows(state.replay, key_windows, 4, args.context + 1)
+    vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
+    tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
+    frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)  # UInt8[4, 2, T, 63, 63, 3]
+    framed = np.full((*frames.shape[:3], GRID * CELL + 4, GRID * CELL + 4, 3), (40, 160, 60), np.uint8)
+    framed[:, 1, given:] = (220, 40, 40)
+    framed[..., 2:-2, 2:-2, :] = frames
+    run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
+
+
+def dry_run(args: Args) -> None:
+    """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
+    state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
+    real, dreamt = args.num_envs * args.num_steps, args.imagination_envs * args.imagination_steps
+    replay = init_replay(dataclasses.replace(args, replay_size=real)).replace(filled=jnp.int32(args.num_steps))
+    train_step = world_model_step.lower(args, vocab, state.model, jnp.int32(vocab), replay, key).compile()
+    model, _ = jax.block_until_ready(train_step(init_world_model(args, key), jnp.int32(vocab), replay, key))
+    start = time.perf_counter()
+    jax.block_until_ready(train_step(model, jnp.int32(vocab), replay, key))
+    seconds, flop = time.perf_counter() - start, train_step.cost_analysis()["flops"]
+    env, act_once = state.env, jax.jit(functools.partial(act, args, greedy=False))
+    policy = act_once.lower(state.policy.params, env.frame, env.reset, env.hidden, key).cost_analysis()["flops"]
+    frame = policy / args.num_envs  # one policy forward; a backward pass counts as two
+    dream = flop / 3 * dreamt / (args.wm_batch_size * args.context)
+    dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
+    last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
+    plan = {  # iterations, gradient steps in each, FLOP in each
+        "collect": (last, 0, real * frame),
+        "PPO, real": (last, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
+        "world model": (last, args.wm_updates, args.wm_updates * flop),
+        "PPO, imagined": (max(0, last - warmup), args.imagination_updates, args.imagination_updates * dream),
+    }
+    sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
+    for name, tree in sizes.items():
+        print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters")
+    for name, (iterations, updates, work) in plan.items():
+        print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
+    state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
+    print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
+    tokens, eta = (
+        args.wm_batch_size * args.context * BLOCK,
+        sum(n * work for n, _, work in plan.values()) / flop * seconds,
+    )
+    print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
+    print(f"measured       a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
+    print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
+
+
 # --- Run folder ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
-    The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process. Raises UserError.
+    step: where a resumed run goes on; lines logged beyond it are forgotten, since they will be computed again. writes:
+    of several processes, one does. The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process.
+    Raises UserError.
     """
 
-    def __init__(self, args: Args, writes: bool = True):
-        script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
-        new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
-        self.folder, self.writes = (
-            Path(args.resume or args.eval_only or new),
-            writes,
-        )  # of several processes, one writes
-        self.stop, self.wandb = False, None
+    def __init__(self, args: Args, step: int = 0, writes: bool = True):
+        new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
+        self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
-            if not (args.resume or args.eval_only):
-                self.keep_settings(args)
+            if not args.eval_only:
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+                shutil.copy(Path(__file__), self.folder)
+                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+                self.lines.write_text("".join(whole))
         except OSError as error:
             reason = f"cannot write to {self.folder} ({error.strerror})"
             raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
         if args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--track needs wandb, which is not installed: pip install wandb.") from error
+            import wandb
+
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
@@ -1057,26 +1170,14 @@ class Run:
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 
-    def keep_settings(self, args: Args) -> None:
-        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        shutil.copy(Path(__file__), self.folder)
-
-    def rewind(self, args: Args, step: int) -> None:
-        """A resumed run: keep its settings, forget logged lines beyond `step`, which will be computed again."""
-        path = self.folder / "metrics.jsonl"
-        if self.writes:
-            self.keep_settings(args)
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                way_out = f"--resume {self.folder} with a lower learning rate"
-                raise UserError(f"{name} is {value} at step {step}: training has diverged; try {way_out}.")
+                way_out = f"try --resume {self.folder} with a lower learning rate"
+                raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
@@ -1147,10 +1248,13 @@ class Clock:
     """Seconds of each phase of an iteration, compilation apart."""
 
     compiling = 0.0  # seconds that this process has spent on it
-    listening = False
 
     def __init__(self):
         self.logs, self.compiled_before, self.last = {}, Clock.compiling, time.perf_counter() - Clock.compiling
+
+    @staticmethod
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
 
     def lap(self, phase: str, wait_for: Any = None) -> None:
         jax.block_until_ready(wait_for)
@@ -1166,6 +1270,9 @@ class Clock:
         return logs
 
 
+jax.monitoring.register_event_duration_secs_listener(Clock.listen)
+
+
 def progress_line(args: Args, step: int, logs: dict[str, float], eta: float) -> str:
     keys = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
     values = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in keys if key in logs)
@@ -1176,22 +1283,18 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
     """First episodes in worlds that are the same for every run, with stochastic and with greedy actions. Writes
     eval.json and a video of one episode of each.
     """
-    result = {"step": step, "episodes": args.eval_episodes}
+    args = dataclasses.replace(args, num_envs=args.eval_episodes)
+    result = {"step": step, "episodes": args.num_envs}
     for mode in ("stochastic", "greedy"):
-        rows, frames = [], []
-        for batch in range(-(-args.eval_episodes // args.num_envs)):
-            (key_env, key), part = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(0), batch)), 0
-            carry, first = init_env(args, key_env), np.zeros((args.num_envs, 25))  # record of each one's first episode
-            while not first[:, 0].all():
-                part += 1
-                carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), mode == "greedy")
-                for t, row in enumerate(np.asarray(records)):
-                    if batch == 0 and not first[0, 0]:
-                        frames.append(np.asarray(rollout.frames[t, 0]))
-                    first = np.where(first[:, :1] == 0, row, first)
-            rows.append(first)
+        key_env, key = jax.random.split(jax.random.PRNGKey(0))
+        carry, rows, frames, part = init_env(args, key_env), np.zeros((args.num_envs, 25)), [], 0
+        while not rows[:, 0].all():  # until every environment has ended an episode
+            part += 1
+            carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), mode == "greedy")
+            for t, row in enumerate(np.asarray(records)):
+                frames += [] if rows[0, 0] else [np.asarray(rollout.frames[t, 0])]
+                rows = np.where(rows[:, :1] == 0, row, rows)  # Float[n, 25]: the first episode's record
         run.media(step, f"eval_{mode}", np.stack(frames))
-        rows = np.concatenate(rows)[: args.eval_episodes]  # Float[n, 25]
         returns, rates = rows[:, 1], rows[:, 3:].mean(0)
         result[mode] = {
             "return_mean": returns.mean(),
@@ -1208,164 +1311,26 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
 
 
 def start_jax(args: Args) -> None:
-    """Join other processes, keep compiled programs for the next run, count the seconds spent on compiling."""
+    """Join other processes, keep compiled programs for the next run."""
     if args.distributed:
         jax.distributed.initialize()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
 
-    if not Clock.listening:  # main() may be called more than once in a process
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        Clock.listening = True
-
-
-# --- end shared block: craftax run ---
-
-
-# --- Training ---
-@struct.dataclass
-class TrainState:
-    """All that a checkpoint holds. Random keys are derived from seed and iteration, so they are not in it."""
-
-    iteration: Array
-    policy: Learner
-    env: EnvCarry
-    episode_sums: Array
-    codebook: Codebook
-    model: Learner
-    replay: Replay
-
-
-def init_state(args: Args) -> TrainState:
-    key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
-    replicated = functools.partial(jax.device_put, device=on_devices(None))
-    sums, iteration = replicated((jnp.zeros((1 + args.window_iterations, 25)), jnp.zeros((), jnp.int32)))
-    policy, model = replicated((init_policy(args, key_policy), init_world_model(args, key_model)))
-    env, replay = init_env(args, key_env), init_replay(args)
-    return TrainState(iteration, policy, env, sums, replicated(codebook), model, replay)
-
-
-def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
-    """[TWM] Algorithm 1, one round; the phases are Python loops over jitted steps."""
-    clock, logs, env_steps = Clock(), {}, args.num_envs * args.num_steps
-    key_collect, key_model, key_imagine = jax.random.split(key, 3)
-
-    # 1. Collect real steps.
-    env, rollout, records = collect(args, state.policy.params, state.env, key_collect)
-    sums = add_episodes(state.episode_sums, records)
-    clock.lap("collect", sums)
-
-    # 2. PPO on them.
-    policy, logs["losses/real"] = ppo_update(args, state.policy, rollout)
-    clock.lap("policy_real")
-
-    # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
-    codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
-    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
-    live = live_vocabulary(args, codebook), codebook.size
-    logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
-    replay = add_to_replay(state.replay, new)
-    clock.lap("tokenizer", replay)
-
-    # 3b. Train the world model.
-    model, log = state.model, []
-    for key in jax.random.split(key_model, args.wm_updates):
-        model, one = world_model_step(args, live[0], model, live[1], replay, key)
-        log.append(one)
-    logs["losses/world_model"] = mean_of(log)
-    clock.lap("world_model")
-
-    # 4. PPO on imagined rollouts, once the warmup is over.
-    warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
-    for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
-        policy, one = imagination_step(args, live[0], policy, model.params, codebook, replay, key)
-        log.append(one)
-    logs["losses/imagined"] = mean_of(log)
-    clock.lap("imagination")
-
-    logs = {f"{group}_{name}": value for group, log in logs.items() for name, value in log.items()}
-    logs |= {"world_model/codes": float(live[1]), "world_model/replay_steps": float(replay.filled * args.num_envs)}
-    state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
-    return state, rollout, episode_charts(sums) | logs | clock.summary(env_steps)
-
-
-def write_media(args: Args, run: Run, step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
-    """The codebook, one environment's rollout, and four true sequences, each above its imagined copy under the same
-    actions: true frames have a green border, imagined ones a red one.
-    """
-    in_use = np.asarray(state.codebook.codes)[: int(state.codebook.size)]
-    codes = np.zeros((-(-len(in_use) // 32) * 32, CELL + 1, CELL + 1, 3), np.uint8)
-    codes[: len(in_use), :-1, :-1] = in_use.reshape(-1, CELL, CELL, 3)
-    run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
-    run.media(step, "rollout", rollout.frames[:, 0])
-    given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)
-    windows = sample_windows(state.replay, key_windows, 4, args.context + 1)
-    vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
-    tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
-    frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)  # UInt8[4, 2, T, 63, 63, 3]
-    framed = np.full((*frames.shape[:3], GRID * CELL + 4, GRID * CELL + 4, 3), (40, 160, 60), np.uint8)
-    framed[:, 1, given:] = (220, 40, 40)
-    framed[..., 2:-2, 2:-2, :] = frames
-    run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
-
-
-def dry_run(args: Args) -> None:
-    """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
-    state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
-    real, dreamt = args.num_envs * args.num_steps, args.imagination_envs * args.imagination_steps
-    replay = init_replay(dataclasses.replace(args, replay_size=real)).replace(filled=jnp.int32(args.num_steps))
-    train_step = world_model_step.lower(args, vocab, state.model, jnp.int32(vocab), replay, key).compile()
-    model, _ = jax.block_until_ready(train_step(init_world_model(args, key), jnp.int32(vocab), replay, key))
-    start = time.perf_counter()
-    jax.block_until_ready(train_step(model, jnp.int32(vocab), replay, key))
-    seconds, flop = time.perf_counter() - start, train_step.cost_analysis()["flops"]
-    env, act_once = state.env, jax.jit(functools.partial(act, args, greedy=False))
-    policy = act_once.lower(state.policy.params, env.frame, env.reset, env.hidden, key).cost_analysis()["flops"]
-    frame = policy / args.num_envs  # one policy forward; a backward pass counts as two
-    dream = flop / 3 * dreamt / (args.wm_batch_size * args.context)
-    dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
-    last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
-    plan = {  # iterations, gradient steps in each, FLOP in each
-        "collect": (last, 0, real * frame),
-        "PPO, real": (last, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
-        "world model": (last, args.wm_updates, args.wm_updates * flop),
-        "PPO, imagined": (max(0, last - warmup), args.imagination_updates, args.imagination_updates * dream),
-    }
-    sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
-    for name, tree in sizes.items():
-        print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters")
-    for name, (iterations, updates, work) in plan.items():
-        print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
-    state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
-    print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
-    tokens, eta = (
-        args.wm_batch_size * args.context * BLOCK,
-        sum(n * work for n, _, work in plan.values()) / flop * seconds,
-    )
-    print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
-    print(f"measured       a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
-    print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
-
-
-# --- shared block: training loop ---
 def train(args: Args) -> None:
     """Train from the start or from --resume, with logs, media and checkpoints on the way, then evaluate."""
-    run = Run(args, writes=jax.process_index() == 0)
     env_steps, base_key = args.num_envs * args.num_steps, jax.random.fold_in(jax.random.PRNGKey(args.seed), 1_000_000)
+    resumed = load_checkpoint("--resume", Path(args.resume), init_state(args)) if args.resume else None
+    first = int(resumed.iteration) if resumed else 0
+    run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
         raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
-    state = init_state(args)
-    if args.resume:
-        state = load_checkpoint("--resume", run.folder, state)
-        run.rewind(args, int(state.iteration) * env_steps)
+    state = resumed or init_state(args)
     print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
-    started, first = time.perf_counter(), int(state.iteration)
+    started = time.perf_counter()
     for iteration in range(first, args.num_iterations):
         # The key depends on the iteration alone: a resumed run draws what the uninterrupted one would have drawn.
         key, step = jax.random.fold_in(base_key, iteration), (iteration + 1) * env_steps
@@ -1393,9 +1358,8 @@ def main() -> None:
         if args.dry_run:
             dry_run(args)
         elif args.eval_only:
-            run = Run(args)
-            state = load_checkpoint("--eval-only", run.folder, init_state(args))
-            evaluate(args, run, state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
+            state = load_checkpoint("--eval-only", Path(args.eval_only), init_state(args))
+            evaluate(args, Run(args), state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
         else:
             train(args)
     except (UserError, OSError) as error:
@@ -1405,7 +1369,7 @@ def main() -> None:
         sys.exit(2)
 
 
-# --- end shared block: training loop ---
+# --- end shared block: craftax run ---
 
 
 if __name__ == "__main__":

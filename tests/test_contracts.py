@@ -28,7 +28,6 @@ EXPECTED_BLOCKS = {
     "craftax agent": CRAFTAX,
     "run folder": CRAFTAX,
     "craftax run": CRAFTAX,
-    "training loop": CRAFTAX,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
 
