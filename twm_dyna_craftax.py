@@ -76,6 +76,7 @@ class Args:
     num_steps: int = 96  # environment steps per rollout and environment (T)
     encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
     encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7, then each 3x3 convolution
+    gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
     learning_rate: float = 4.5e-4  # Adam step size of the policy, constant
@@ -204,7 +205,7 @@ def check_args(args: Args) -> None:
 # --- shared block: craftax agent ---
 def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     """Refuse numbers out of range, and batches that devices do not divide. Raises UserError."""
-    zero_allowed = {"seed", "media_every", "eval_episodes", "warmup_steps", "imagination_updates", "burn_in"}
+    zero_allowed = "seed media_every eval_episodes warmup_steps imagination_updates burn_in".split()
     for name, value in dataclasses.asdict(args).items():
         low = 0 if name in zero_allowed or isinstance(value, float) else 1
         high = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "value_norm_decay": 1}.get(name, math.inf)
@@ -218,7 +219,7 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
     way_out = f"does not split evenly over {jax.device_count()} devices: make it a multiple, or hide devices"
     for name, size in {"num_envs": envs // minibatches, **divisible}.items():
-        unit = f"in {minibatches} minibatches " if name == "num_envs" else ""
+        unit = f"in --num-minibatches {minibatches} " if name == "num_envs" else ""
         require(args, name, size % jax.device_count() == 0, unit + way_out)
 
 
@@ -395,11 +396,12 @@ class Policy(nn.Module):
 
         encoder = {"impala": ImpalaEncoder, "cells": CellEncoder}[args.encoder](args.encoder_channels, dtype)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
-        z = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
-        x = nn.relu(dense(args.gru_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(z)))
-        outputs, hidden = GRU(args.gru_size, dtype)(x, resets, hidden)
-        # [TWM] the towers read the CNN's features beside the GRU's outputs, never the GRU alone.
-        features = jnp.concatenate([z, nn.relu(outputs).astype(dtype)], axis=-1)
+        features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
+        if args.gru:
+            x = nn.relu(dense(args.gru_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
+            outputs, hidden = GRU(args.gru_size, dtype)(x, resets, hidden)
+            # [TWM] the towers read the CNN's features beside the GRU's outputs, never the GRU alone.
+            features = jnp.concatenate([features, nn.relu(outputs).astype(dtype)], axis=-1)
 
         def tower(outputs, out_scale):  # two residual layers at constant width
             x = nn.relu(dense(args.tower_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
@@ -525,7 +527,7 @@ def ppo_step(args: Args, policy: Learner, rollout: Rollout, advantages: Array, t
     norm = policy.value_norm.update(targets, args.value_norm_decay)
     grads, logs = jax.grad(ppo_loss, has_aux=True)(policy.params, args, norm, rollout, advantages, targets)
     updates, opt_state = adam(args, args.learning_rate).update(grads, policy.opt_state)
-    logs["grad_norm"] = optax.global_norm(grads)
+    logs["grad_norm"] = optax.tree.norm(grads)
     return Learner(optax.apply_updates(policy.params, updates), opt_state, norm), logs
 
 
@@ -919,7 +921,7 @@ def world_model_step(
     )
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
-    logs["grad_norm"] = optax.global_norm(grads)
+    logs["grad_norm"] = optax.tree.norm(grads)
     return Learner(optax.apply_updates(model.params, updates), opt_state), logs
 
 

@@ -3,7 +3,8 @@
     python benchmark/plot.py OUT.png KEY[,KEY...] LABEL=FILE_OR_FOLDER[,FILE_OR_FOLDER...] [LABEL=...]
 
 Each label is one line: the mean over its runs, with their spread (minimum to maximum) shaded. KEY is a logged key, with
-its group or without; reward_percent also shows published levels at 1M steps as dotted lines.
+its group or without, or `achievements` for all 22 of them; reward_percent also shows published levels at 1M steps as
+dotted lines.
 """
 
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ppo_cnnrnn_craftax import ACHIEVEMENTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,9 +32,14 @@ def curves(path: Path) -> list[dict[str, list]]:
 
 
 def main(out: str, keys: str, *lines: str) -> None:
-    names = [key.split("/")[-1] for key in keys.split(",")]
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    names = [key.split("/")[-1] for key in keys.replace("achievements", ",".join(ACHIEVEMENTS)).split(",")]
+    rows = -(-len(names) // 6)
+    columns = -(-len(names) // rows)
+    width, height = (5.0, 3.6) if rows == 1 else (3.0, 2.2)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for i, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
         for line in lines:
             label, _, paths = line.partition("=")
             runs = [curve for path in paths.split(",") for curve in curves(Path(path)) if name in curve]
@@ -46,10 +55,11 @@ def main(out: str, keys: str, *lines: str) -> None:
             for label, level in PUBLISHED.items():
                 axis.axhline(level, color="grey", linestyle=":", linewidth=0.8)
                 axis.text(axis.get_xlim()[1], level, f" {label}, 1M", fontsize=6, va="center")
-        axis.set_xlabel("environment steps")
-        axis.set_title(name)
+        axis.set_xlabel("environment steps" if rows == 1 else "")
+        axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if i == 0:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 

@@ -132,7 +132,8 @@ def test_a_folder_without_checkpoints_is_refused(stub_run, call_main, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text((stub_run / "args.json").read_text())
     assert_refused(call_main("--resume", "run", "--total-steps", 48), ["--resume run"])
-    assert_refused(call_main("--eval-only", "run"), ["--eval-only run"])
+    assert_refused(call_main("--eval-only", "run", "--eval-episodes", 4), ["--eval-only run"])
+    assert_refused(call_main("--eval-only", stub_run), ["--eval-episodes 0"])
 
 
 @pytest.mark.parametrize("flags", [["--gru-size", 16], ["--wm-layers", 2], ["--replay-size", 100]])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TOY_MODES, metrics_of, toy_frame, toy_step
+from conftest import TOY_CODES, TOY_MODES, metrics_of, toy_frame, toy_step, with_clear_preferences
 
 import twm_dyna_craftax as twm
 
@@ -26,10 +26,13 @@ def dream(toy):
     ):  # the last layers: softmax at temperature 1/40
         params[name] = jax.tree.map(lambda leaf: leaf * 40, params[name])
     toy.params = params
-    toy.policy = twm.init_policy(toy.args, jax.random.PRNGKey(2))
+    policy = twm.init_policy(toy.args, jax.random.PRNGKey(2))
+    toy.policy = policy.replace(params=with_clear_preferences(policy.params))
     toy.start = toy.windows(batch=12, length=toy.args.burn_in + 1, seed=100)
     imagine = jax.jit(twm.imagine, static_argnums=(0, 1))
-    toy.imagine = lambda policy, windows, key: imagine(toy.args, 256, policy, params, toy.codebook, windows, key)
+    toy.imagine = lambda policy, windows, key, params=params: imagine(
+        toy.args, 256, policy, params, toy.codebook, windows, key
+    )
     return toy
 
 
@@ -58,7 +61,30 @@ def test_an_imagined_rollout_reproduces_the_toy_exactly(dream, rollout):
         np.testing.assert_array_equal(rollout.dones[t], done, err_msg=f"done {t}")
     np.testing.assert_array_equal(rollout.resets[1:], rollout.dones[:-1])
     np.testing.assert_array_equal(rollout.resets[0], dream.start.dones[:, -2])
-    assert rollout.dones[:-1].any() and rollout.rewards.any() and len(np.unique(rollout.actions)) > 8
+    assert rollout.dones[:-1].any() and rollout.rewards.any() and len(np.unique(rollout.actions)) > 4
+
+
+def test_the_world_model_sees_all_that_was_imagined_before(dream):
+    """The toy needs no memory; a model with random weights, of which the likeliest outputs are taken, tells whether an
+    imagined step saw the steps before it: it must be what the whole forward pass over the imagined sequence says.
+    """
+    args = dream.args
+    params = jax.tree.map(lambda leaf: leaf * 5, twm.init_world_model(args, jax.random.PRNGKey(7)).params)
+    sharp = {name: jax.tree.map(lambda leaf: leaf * 1e4, params[name]) for name in ("token_kernel", "token_bias")}
+    rollout = dream.imagine(dream.policy, dream.start, jax.random.PRNGKey(3), {**params, **sharp})
+    codes = np.asarray(dream.codebook.codes[:TOY_CODES])
+    cells = np.stack([twm.to_cells(frames) for frames in rollout.frames], axis=1)  # UInt8[B, T, 81, 147]
+    tokens = (cells[..., None, :] == codes).all(-1).argmax(-1)  # Int[B, T, 81]
+
+    def likeliest(tokens, actions):
+        apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
+        return apply({"params": params}, tokens, actions, 256, TOY_CODES, True)[0].argmax(-1)
+
+    actions = np.asarray(rollout.actions.T)
+    seen = (likeliest(tokens, actions)[:, :-1] == tokens[:, 1:]).mean((0, 2))  # of each step after the first
+    blind = [(likeliest(tokens[:, t : t + 1], actions[:, t : t + 1])[:, 0] == tokens[:, t + 1]).mean() for t in (0, 1)]
+    assert seen.min() > 0.995  # all but ties
+    assert blind[0] > 0.995 and blind[1] < 0.9  # without memory it would show from the second step on
 
 
 def test_replayed_actions_reproduce_the_toy_exactly(dream):

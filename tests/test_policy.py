@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_clear_preferences
 
 import twm_dyna_craftax as twm
 
@@ -97,11 +98,6 @@ def test_gru_with_a_reset_inside_equals_two_separate_sequences():
     np.testing.assert_allclose(outputs, np.concatenate([first, second]), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(last, second_last, rtol=1e-6, atol=1e-7)
     assert np.abs(outputs - gru.apply(variables, inputs, never, hidden)[0])[3:].max() > 1e-2  # the reset did something
-
-
-def with_clear_preferences(params):
-    """Fresh policies choose almost uniformly, because the actor's last layer starts at 0.01 of the usual size."""
-    return jax.tree.map(lambda leaf: leaf * 100 if leaf.shape[-1] == twm.NUM_ACTIONS else leaf, params)
 
 
 @pytest.mark.parametrize("encoder", ["cells", "impala"])
@@ -218,7 +214,7 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_moves_afterwards(rollouts):
     args, one = rollouts.args, rollouts.all[1]
     assert one.rollout.resets[1:].any(), "choose a rollout with an episode end inside"
     assert np.abs(one.rollout.hidden).max() > 1e-3, "choose a rollout that starts amid an episode"
-    state = twm.init_policy(args, jax.random.PRNGKey(0))
+    state = twm.init_policy(args, jax.random.PRNGKey(0)).replace(params=rollouts.params)
     advantages, targets = twm.advantages_and_targets(args, state.value_norm, one.rollout)
     for index in range(args.num_minibatches):  # each first, from the policy that acted
         fresh = jax.tree.map(jnp.copy, state)
