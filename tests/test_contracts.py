@@ -168,3 +168,8 @@ def test_a_run_without_track_imports_no_tracker(smoke_run):
     environment = {**os.environ, "PYTHONPATH": str(poison)}
     result = subprocess.run([sys.executable, "-c", "import wandb"], env=environment, capture_output=True, timeout=300)
     assert result.returncode == 99  # the trap works
+
+
+def test_the_readme_knows_the_scripts_and_their_lengths():
+    table = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \| \[docs\]", (ROOT / "README.md").read_text(), re.M))
+    assert table == {script.name: str(len(script.read_text().splitlines())) for script in SCRIPTS}

@@ -206,3 +206,10 @@ def test_charts_accumulate_over_the_run_and_over_the_window():
     sums[2] = 0
     assert "charts/episodic_return" not in twm.episode_charts(sums)  # no mean over no episodes
     assert twm.episode_charts(np.zeros((3, 25))) == {"charts/episodes": 0}
+
+
+def test_the_window_forgets_its_oldest_iteration_and_the_run_forgets_nothing():
+    sums = np.zeros((3, 25))  # the run, then a window of two iterations
+    for i in (1, 2, 4):
+        sums = twm.add_episodes(sums, np.full((2, 3, 25), i / 6))  # six records, i in all
+    np.testing.assert_allclose(sums[:, 0], [7, 2, 4], rtol=1e-6)
