@@ -60,6 +60,31 @@ def test_the_evaluation_holds_all_it_should(smoke_run):
     assert json.loads(smoke_run.out[smoke_run.out.index("{") :]) == result  # it is printed, too
 
 
+def test_the_evaluation_counts_first_episodes_only(tiny, tmp_path, monkeypatch):
+    """Two environments: one ends episodes at steps 2 and 3, the other at step 5. Parts of three steps."""
+    ends, returns = np.zeros((6, 2)), np.zeros((6, 2))
+    ends[1, 0] = ends[2, 0] = ends[4, 1] = 1
+    returns[1, 0], returns[2, 0], returns[4, 1] = 3, 100, 5
+    parts, videos = [], {}
+
+    def collect(args, params, carry, key, greedy):
+        part = slice(3 * len(parts) % 6, 3 * len(parts) % 6 + 3)
+        parts.append(greedy)
+        records = np.concatenate([ends[part, :, None], returns[part, :, None], np.zeros((3, 2, 23))], axis=-1)
+        return carry, SimpleNamespace(frames=np.zeros((3, 2, 1, 1, 3), np.uint8)), records * ends[part, :, None]
+
+    monkeypatch.setattr(twm, "init_env", lambda args, key: None)
+    monkeypatch.setattr(twm, "collect", collect)
+    run = SimpleNamespace(folder=tmp_path, writes=True, media=lambda step, name, video: videos.update({name: video}))
+    twm.evaluate(tiny(eval_episodes=2), run, None, 7)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert parts == [False, False, True, True] and result["step"] == 7 and result["episodes"] == 2
+    for mode in ("stochastic", "greedy"):
+        assert result[mode]["return_mean"] == 4  # of 3 and 5
+        assert result[mode]["return_standard_error"] == pytest.approx(1)
+        assert len(videos[f"eval_{mode}"]) == 2  # the first environment's first episode
+
+
 def test_it_reports_speed_and_time_left_on_the_way(smoke_run):
     lines = [line for line in smoke_run.out.splitlines() if line.startswith("step ")]
     assert len(lines) == 4 and all("SPS" in line and "ETA" in line for line in lines)
