@@ -4,7 +4,8 @@
 
 Unit: seconds of one forward pass without gradients (F). The three kinds of evaluation are timed on their own, added up
 in the numbers that the algorithm needs, and compared with a whole update (score step, E-step, M-step, average).
-Each figure is the median of `ROUNDS`, taken in turns, so that a busy machine slows all of them alike.
+Each figure is the median of `ROUNDS`, taken in turns, so that a busy machine slows all of them alike. On a CPU they are
+seconds of processor time, all threads together, which other programs change little (OMP_NUM_THREADS=1: one thread).
 """
 
 import dataclasses
@@ -28,11 +29,13 @@ SETTINGS = {"Diff-Instruct": ("eps", 1), "EMD-1": ("eps-z", 1), "EMD-4": ("eps-z
 
 
 def seconds(function) -> float:
-    started = time.perf_counter()
+    gpu = torch.cuda.is_available()
+    clock = time.perf_counter if gpu else time.process_time
+    started = clock()
     function()
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def main() -> None:
