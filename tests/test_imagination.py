@@ -88,7 +88,9 @@ def test_the_world_model_sees_all_that_was_imagined_before(dream):
 
 
 def test_replayed_actions_reproduce_the_toy_exactly(dream):
-    windows = dream.windows(batch=8, length=dream.args.context + 1, seed=200)
+    windows = dream.windows(batch=48, length=dream.args.context + 1, seed=200)
+    moves = (windows.tokens[:, 1:] != windows.tokens[:, :-1]).any(-1)  # Bool[B, T - 1]
+    assert (moves[:, 0] != moves[:, 1]).any() and moves.any(0).all()  # each action matters for itself
     wrong = windows.replace(tokens=windows.tokens.at[:, 1:].set(0))  # nothing to copy from
     key = jax.random.PRNGKey(0)
     tokens = twm.replay_actions(dream.args, 256, 1, dream.params, dream.codebook.size, wrong, key)

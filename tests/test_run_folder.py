@@ -130,6 +130,19 @@ def test_another_seed_gives_another_run(tiny):
     assert_equal_states(one, jax.device_get(twm.init_state(tiny(seed=1))))
 
 
+def test_every_iteration_of_every_seed_has_a_key_of_its_own(call_main, stub_iteration, monkeypatch):
+    keys, stub = [], twm.train_iteration
+
+    def iteration(args, state, key):
+        keys.append(tuple(np.asarray(key).tolist()))
+        return stub(args, state, key)
+
+    monkeypatch.setattr(twm, "train_iteration", iteration)
+    for seed in (1, 2):
+        assert call_main(*stub_iteration, "--seed", seed)[0] == 0
+    assert len(keys) == len(set(keys)) == 8
+
+
 # --- Stopped runs ---
 def resumes(call_main, flags, folder, steps):
     """The run goes on to its end, and its metrics and checkpoints are those of a run that never stopped."""
