@@ -46,7 +46,8 @@ def roll(step):
 def main() -> None:
     start, _ = script.env_reset(jax.random.split(jax.random.PRNGKey(0), NUM_ENVS))
     rolls = {"ours": roll(ours_step), "stock": roll(stock_step)}
-    states = {name: run(start, jax.random.PRNGKey(1))[0] for name, run in rolls.items()}  # compiles, leaves the start
+    # Compiles, and leaves the start; waits, or the first round would still share the cores with it.
+    states = jax.block_until_ready({name: run(start, jax.random.PRNGKey(1))[0] for name, run in rolls.items()})
     speed = {name: [] for name in rolls}
     for round_ in range(ROUNDS):
         for name, run in rolls.items():
