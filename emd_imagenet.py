@@ -1,0 +1,1254 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers>=0.42,<0.43", "accelerate>=1.15,<2", "torchmetrics>=1.9,<2", "safetensors>=0.8,<1",
+#   "numpy>=2.0,<3", "scikit-learn>=1.9,<2", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
+#   "imageio-ffmpeg>=0.6,<1", "wandb>=0.25,<1",
+# ]
+# ///
+"""EM Distillation of a class-conditional diffusion teacher into a one-step generator.
+Papers: [EMD] arXiv:2405.16852, [EDM] arXiv:2206.00364, [DI] Diff-Instruct arXiv:2305.18455,
+[PR] precision and recall arXiv:1904.06991. Details, deviations, results: docs/emd_imagenet.md
+
+    python emd_imagenet.py --teacher FOLDER --data-dir IMAGENET --features INCEPTION.pt   # the paper's ImageNet-64
+    python emd_imagenet.py --preset cpu                     # Fashion-MNIST: trains a teacher, then distils it
+    python emd_imagenet.py --preset smoke                   # a minute: learns nothing, touches everything
+    python emd_imagenet.py --resume runs/RUN_FOLDER         # goes on where that run stopped
+    python emd_imagenet.py --eval-only runs/RUN_FOLDER      # scores that run's generator: eval.json and pictures
+    accelerate launch emd_imagenet.py --teacher FOLDER ...  # several processes; --batch-size stays the global one
+
+No images are needed to distil, only the teacher. Every update: 1 the student score network learns
+the generator's own samples, 2 E-step: K Langevin steps on the pair of noise and latent towards the teacher,
+3 M-step: the generator is regressed on where the chain went.
+Symbols, all in "EDM space" y = x_t / alpha_t: z latent, x = g(z) generated image, eps noise, s = sigma noise level,
+y = x + s eps, D_q and D_phi denoisers (posterior means of the clean image) of teacher and student, Delta = D_q - D_phi,
+lambda = -2 ln s log signal-to-noise ratio. Axes: B images of a micro-batch, C H W pixels, N mixture components.
+"""
+
+import argparse
+import copy
+import dataclasses
+import errno
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import imageio.v3 as imageio
+import numpy as np
+import safetensors.torch
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+# --- Settings ---
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- shared block: common flags ---
+    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
+    resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
+    eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
+    dry_run: bool = False  # print settings, parameter counts, the plan and its estimated cost, then stop
+    track: bool = False  # log to Weights & Biases as well
+    wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
+    wandb_project: str = "one-file-papers"  # Weights & Biases project
+    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    distributed: bool = False  # join the other processes of a multi-process job first
+    # --- end shared block: common flags ---
+
+    total_steps: int = 300_000  # generator updates of the whole run (0: only train the teacher)
+
+    dataset: Literal["imagenet", "fashion", "digits"] = "imagenet"  # images for --train-teacher and for evaluation
+    data_dir: str = ""  # its folder: ImageNet class folders or .tar shards, Fashion-MNIST idx.gz (empty: see docs)
+    image_size: int = 64  # height and width of an image (fashion: 16 or 32, digits: 8)
+    teacher: str = ""  # diffusers UNet folder or hub name, OpenAI-format .pt or .safetensors, or gmm (empty: train one)
+    vp: bool = False  # --teacher is guided-diffusion's: predicts eps on 1000 linear steps, learned variance, four heads
+    train_teacher: bool = False  # train an EDM teacher first, kept in the run folder as teacher/
+    teacher_steps: int = 300_000  # updates of that training
+    teacher_batch_size: int = 1024  # images per such update, all processes together
+    teacher_lr: float = 1e-4  # Adam step size of that training, after a linear warmup over its first tenth
+    gmm_std: float = 0.12  # deviation of each component of --teacher gmm, which has one component per training image
+    unet_channels: tuple[int, ...] = (192, 384, 576, 768)  # of the levels of a UNet made here, fine to coarse
+    unet_layers: int = 3  # residual blocks per level
+    unet_attention: int = 3  # coarsest levels that have attention, in heads of 64 channels or of the level's width
+    dropout: float = 0.1  # in teacher and score network, while training them and in the E-step with one mask for both
+
+    k: int = 16  # Langevin steps of the E-step (K)
+    corrector: Literal["eps-z", "x-z", "eps", "x"] = "eps-z"  # what they move (eps: z stays; x: the same as eps)
+    gamma_eps: float = 0.16  # Langevin step size of eps (0.4 squared); of x it is this times s squared
+    gamma_z: float = 1.6e-5  # Langevin step size of z (0.004 squared)
+    langevin: Literal["euler", "ou"] = "euler"  # noise sqrt(2 gamma), or the one that keeps unit variance exactly
+    cancel: Literal["full", "last", "none", "exact"] = "full"  # which of the chain's noise the regression target loses
+    weight: Literal["s2", "nll"] = "s2"  # of a noise level: sigma^2/alpha^2, as in the paper, or 1 (plain likelihood)
+    z_clip: float = 0.1  # largest root-mean-square of one step's drift of z: guards against 1/s^2 at low noise
+    sigma_min: float = 0.02  # lowest noise level of the E-step: log-normal draws below are raised to it
+    sigma_mean: float = -1.2  # mean of ln sigma, in the E-step and in both denoising losses
+    sigma_std: float = 1.2  # deviation of ln sigma
+    lambda_star: float = -6.0  # log-SNR at which the teacher is the first generator: x = D(s* z, s*), s* = exp(3)
+    score_updates: int = 1  # updates of the student score network per generator update
+    generator_lr: float = 2e-6  # Adam step size of the generator
+    score_lr: float = 1e-5  # Adam step size of the student score network
+    beta1: float = 0.0  # of Adam, for generator and score network
+    beta2: float = 0.99  # of Adam, for generator and score network
+    max_grad_norm: float = 0.0  # generator gradients are clipped to this global norm (0: never)
+    ema: float = 0.9999  # decay per update of the averaged generator and of the averaged teacher
+    ema_ramp: float = 0.05  # the average's half-life is at most this share of the updates so far (0: no ramp)
+    batch_size: int = 128  # images per update, all processes and micro-batches together
+    micro_batch_size: int = 128  # images of one chain; gradients of the micro-batches are accumulated
+    compile: bool = False  # torch.compile the UNets
+    channels_last: bool = False  # memory format of the UNets (faster convolutions on many devices)
+
+    heun_steps: int = 40  # steps of the teacher's sampler, 2 n - 1 network evaluations
+    features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: a CNN trained here on the dataset)
+    classifier_steps: int = 1500  # training of that CNN, always from the same seed
+    eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
+    eval_batch_size: int = 250  # images generated at once in an evaluation
+    eval_every: int = 0  # generator updates between evaluations (0: only after the last)
+    mcmc_steps: int = 0  # with --eval-only: a picture of student samples repaired by this many Langevin steps (0: none)
+    log_every: int = 100  # updates that one line of metrics.jsonl is the mean of
+    save_every: int = 5000  # updates between checkpoints (the last update always saves)
+    media_every: int = 5000  # generator updates between pictures (0: none)
+
+    @property
+    def sigma_star(self) -> float:
+        return math.exp(-self.lambda_star / 2)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (3 if self.dataset == "imagenet" else 1, self.image_size, self.image_size)
+
+    @property
+    def num_classes(self) -> int:
+        return 1000 if self.dataset == "imagenet" else 10
+
+    @property
+    def moves_z(self) -> bool:
+        return self.corrector.endswith("z") and self.gamma_z > 0
+
+
+# fmt: off
+PRESETS = {
+    "paper": Args(),
+    "imagenet128": Args(
+        preset="imagenet128", total_steps=200_000, image_size=128, unet_channels=(256, 256, 512, 768, 1024),
+        unet_layers=2, batch_size=1024, micro_batch_size=64,
+    ),
+    "cpu": Args(
+        preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
+        teacher_batch_size=64, teacher_lr=1e-3, unet_channels=(16, 32, 64), unet_layers=1, unet_attention=1,
+        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, score_lr=5e-4, ema=0.998, batch_size=16,
+        micro_batch_size=64, heun_steps=16, eval_samples=2000, log_every=20, save_every=500, media_every=500,
+    ),
+    "smoke": Args(
+        preset="smoke", total_steps=4, dataset="digits", image_size=8, train_teacher=True, teacher_steps=20,
+        teacher_batch_size=32, teacher_lr=1e-3, unet_channels=(16, 32), unet_layers=1, unet_attention=1, k=4,
+        lambda_star=-2.0, generator_lr=1e-4, score_lr=5e-4, ema=0.9, batch_size=8, micro_batch_size=4, heun_steps=4,
+        classifier_steps=60, eval_samples=60, eval_batch_size=20, log_every=2, save_every=2, media_every=2,
+    ),
+}
+# fmt: on
+
+
+# --- shared block: command line ---
+class UserError(Exception):
+    """Something the user can put right: main() prints it as one sentence and exits with code 2."""
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults are the settings of the run that --resume or --eval-only names, else of --preset; flags given beside
+    them win. So --help shows the values of the preset named beside it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (["--preset"], ["--resume"], ["--eval-only", "--eval_only"]):
+        first.add_argument(*flags, default="")
+    known = first.parse_known_args(argv)[0]
+    if known.resume and known.eval_only:
+        raise UserError("--resume and --eval-only exclude each other: give one of them.")
+    name, folder = known.preset or "paper", known.resume or known.eval_only
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
+    default = PRESETS[name]
+    if folder:
+        try:
+            saved = json.loads((Path(folder) / "args.json").read_text())
+            saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            wrong = [name for name, value in saved.items() if type(value) is not type(getattr(default, name, None))]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r}")
+            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
+            reason = f"its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote"
+            raise UserError(f"{flag} {folder}: {reason}.") from error
+    return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+# --- end shared block: command line ---
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work, before anything is read or computed. Raises UserError."""
+
+    def check(name: str, good: bool, advice: str) -> None:
+        require(good, f"--{name.replace('_', '-')} {getattr(args, name)} {advice}.")
+
+    may_be_0 = ("seed", "total_steps", "unet_attention", "eval_samples", "eval_every", "media_every", "mcmc_steps")
+    above_0 = ("gamma_eps", "sigma_min", "sigma_std", "z_clip", "gmm_std")
+    below_1 = ("dropout", "gamma_eps", "gamma_z", "beta1", "beta2", "ema")
+    for name, value in dataclasses.asdict(args).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if type(numbers[0]) in (int, float):
+            low = -20 if name in ("sigma_mean", "lambda_star") else 0
+            low = 1 if isinstance(numbers[0], int) and name not in may_be_0 else low
+            high = 1 if name in below_1 else 20 if low < 0 else math.inf
+            good = all(low <= number < high and not (number == 0 and name in above_0) for number in numbers)
+            check(
+                name, good, f"is out of range: give a number {'above' if name in above_0 else 'from'} {low} to {high}"
+            )
+    sizes = {"digits": (8,), "fashion": (16, 32)}.get(args.dataset, (args.image_size,))
+    check("image_size", args.image_size in sizes, f"does not exist for --dataset {args.dataset}: try {sizes[0]}")
+    check("data_dir", args.dataset != "digits" or not args.data_dir, "is not for --dataset digits: leave it out")
+    fits = args.image_size % 2 ** (len(args.unet_channels) - 1) == 0
+    check("unet_channels", fits, f"has more levels than --image-size {args.image_size} can be halved for: give fewer")
+    fits = all(width % 64 == 0 or width in (16, 32, 48) for width in args.unet_channels)
+    check("unet_channels", fits, "does not split into attention heads: give 16, 32, 48 or multiples of 64")
+    for name in ("batch_size", "teacher_batch_size"):
+        batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
+        check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+    low = args.num_classes * (4 if args.num_classes <= 10 else 2)
+    check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
+    if args.dry_run:
+        return
+    if args.dataset == "imagenet":
+        needed = args.eval_samples or args.train_teacher or args.teacher == "gmm"
+        check("data_dir", bool(args.data_dir) or not needed, "is empty: name ImageNet's train folder")
+        given = args.features or not args.eval_samples
+        check("features", bool(given), "is empty: name inception-2015-12-05.pt, or give --eval-samples 0")
+    one = bool(args.teacher) != args.train_teacher
+    check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
+    check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+
+
+# --- Images ---
+IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class Images:
+    """Labelled images UInt8[B, C, H, W], in memory (digits, Fashion-MNIST) or decoded when asked for (ImageNet; parts:
+    file, offset and length of each). One that cannot be decoded is named, counted and replaced by its neighbour.
+    """
+
+    def __init__(self, labels: Any, pixels: np.ndarray | None = None, parts: list | None = None, size: int = 0):
+        self.labels, self.pixels, self.parts, self.size = torch.tensor(labels).long(), pixels, parts, size
+        self.bad, self.pool = set(), ThreadPoolExecutor() if parts else None
+
+    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pool is None:
+            return torch.tensor(self.pixels[indices.numpy()]), self.labels[indices]
+        pixels, kept = zip(*self.pool.map(self.decode, indices.tolist()), strict=True)
+        return torch.tensor(np.stack(pixels)), self.labels[list(kept)]
+
+    def decode(self, index: int) -> tuple[np.ndarray, int]:
+        path, offset, length = self.parts[index]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                image = Image.open(io.BytesIO(file.read(length)))
+            image.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is shrunk while it is decoded
+            square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
+            return np.asarray(square).transpose(2, 0, 1), index
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if index not in self.bad:
+                self.bad.add(index)
+                print(f"warning: skipped image {len(self.bad)}, {path} at {offset} ({error})", file=sys.stderr)
+            problem = f"--data-dir: a tenth of the images cannot be decoded, such as {path}"
+            require(len(self.bad) <= len(self.parts) // 10, f"{problem}; replace or delete them.")
+            return self.decode((index + 1) % len(self.parts))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """One file of Fashion-MNIST: four bytes of type and rank, the sizes, the values. Raises UserError."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        sizes = np.frombuffer(raw, ">i4", raw[3], offset=4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        way_out = "install the Debian package dataset-fashion-mnist, or name a folder with its four idx.gz files"
+        raise UserError(f"--data-dir {path.parent}: {path.name} cannot be read ({error}); {way_out}.") from error
+
+
+def index_shard(path: Path) -> list[tuple[tuple[Path, int, int], int]]:
+    """Where the images of an uncompressed webdataset shard lie, and the class numbers beside them (NAME.cls)."""
+    with tarfile.open(path, "r:") as shard:
+        members = {member.name: member for member in shard if member.isfile()}
+        labels = {name[:-4]: int(shard.extractfile(members[name]).read()) for name in members if name.endswith(".cls")}
+    images = [(*os.path.splitext(name), member) for name, member in members.items()]
+    return [
+        ((path, member.offset_data, member.size), labels[stem])
+        for stem, kind, member in images
+        if kind.lower() in IMAGE_KINDS and stem in labels
+    ]
+
+
+def load_imagenet(args: Args) -> Images:
+    """Class folders or webdataset shards below --data-dir. Raises UserError."""
+    root, found, problem = Path(args.data_dir), [], "it has neither class folders of images nor .tar shards of them"
+    shards, classes = sorted(root.glob("*.tar")), sorted(path for path in root.glob("*") if path.is_dir())
+    try:
+        for shard in shards:
+            found += index_shard(shard)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        found, problem = [], f"{shard.name} is no readable shard ({error})"
+    for label, folder in () if shards else enumerate(classes):
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_KINDS)
+        found += [((path, 0, -1), label) for path in files]
+    if not all(0 <= label < args.num_classes for _, label in found):
+        found, problem = [], f"it has more than {args.num_classes} classes"
+    require(bool(found), f"--data-dir {root}: {problem}; name ImageNet's train folder.")
+    parts, labels = zip(*found, strict=True)
+    return Images(labels, parts=list(parts), size=args.image_size)
+
+
+def load_images(args: Args) -> Images:
+    """The training images of --dataset. Raises UserError."""
+    if args.dataset == "imagenet":
+        return load_imagenet(args)
+    if args.dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return Images(digits.target, np.round(digits.images[:, None] * (255 / 16)).astype(np.uint8))
+    folder = Path(args.data_dir or "/usr/share/datasets/fashion-mnist")
+    pixels = np.pad(read_idx(folder / "train-images-idx3-ubyte.gz"), ((0, 0), (2, 2), (2, 2)))
+    if args.image_size == 16:
+        pixels = np.round(pixels.reshape(-1, 16, 2, 16, 2).mean((2, 4))).astype(np.uint8)
+    return Images(read_idx(folder / "train-labels-idx1-ubyte.gz").astype(int), pixels[:, None])
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# --- Networks ---
+SIGMA_DATA = 0.5
+VP_LEVELS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0).neg().expm1().log() / 2
+
+
+def precondition(sigma: Tensor, vp: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in and the UNet's timestep in D(y; s) = c_skip y + c_out F(c_in y, timestep): [EDM] Table 1 with
+    timestep 1000 c_noise = 250 ln s, as in OpenAI's weights. Or of a network that predicts eps from x_t = alpha y on
+    1000 linear steps: its time is where ln s lies between those of the steps.
+    """
+    if vp:
+        levels, log_s = VP_LEVELS.to(sigma), sigma.log()
+        above = torch.searchsorted(levels, log_s).clamp(1, 999)
+        time = above - 1 + (log_s - levels[above - 1]) / (levels[above] - levels[above - 1])
+        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), time.clamp(0, 999)
+    norm = (sigma**2 + SIGMA_DATA**2).sqrt()
+    return (SIGMA_DATA / norm) ** 2, sigma * SIGMA_DATA / norm, 1 / norm, 250 * sigma.log()
+
+
+class GaussianMixture(nn.Module):
+    """The exact teacher: sum_n weights[n] N(means[n], std^2 I), by class where `labels` is given. Every quantity of a
+    noise level has a closed form. means Float[N, D], weights Float[N], labels Int[N].
+    """
+
+    def __init__(self, means: Tensor, std: float, weights: Tensor | None = None, labels: Tensor | None = None):
+        super().__init__()
+        weights = torch.full_like(means[:, 0], 1 / len(means)) if weights is None else weights
+        for name, value in (("means", means), ("log_weights", weights.log()), ("labels", labels)):
+            self.register_buffer(name, value, persistent=False)
+        self.std = std
+
+    def forward(self, y: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Denoiser E[x | y], shaped as y. sigma: a level for each y, with trailing axes of size 1."""
+        flat, variance = y.flatten(1), sigma.reshape(-1, 1) ** 2
+        fit = flat @ self.means.T - 0.5 * (self.means**2).sum(1)  # -|y - mean|^2 / 2, without |y|^2: Float[B, N]
+        logits = self.log_weights + fit / (variance + self.std**2)
+        if labels is not None and self.labels is not None:
+            logits = logits.masked_fill(labels[:, None] != self.labels, -math.inf)
+        centre = logits.softmax(1) @ self.means  # Float[B, D]
+        return ((variance * centre + self.std**2 * flat) / (variance + self.std**2)).view_as(y)
+
+
+def make_unet(args: Args) -> UNet2DModel:
+    """An untrained UNet of the ADM layout, which is ImageNet-64's EDM teacher with the paper preset's numbers. It
+    outputs 0, its other parameters are drawn from --seed.
+    """
+    levels, groups = len(args.unet_channels), math.gcd(32, *[width // 2 for width in args.unet_channels])
+    attends = [level >= levels - args.unet_attention for level in range(levels)]
+    torch.manual_seed(args.seed)
+    unet = UNet2DModel(
+        sample_size=args.image_size,
+        in_channels=args.image_shape[0],
+        out_channels=args.image_shape[0] * (2 if args.vp else 1),
+        block_out_channels=args.unet_channels,
+        layers_per_block=args.unet_layers,
+        down_block_types=["AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends],
+        up_block_types=["AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in attends[::-1]],
+        attention_head_dim=min(64, *args.unet_channels),
+        num_class_embeds=args.num_classes,
+        norm_num_groups=groups,
+        attn_norm_num_groups=groups,
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+    )
+    for part in unet.modules():
+        if args.vp and isinstance(part, Attention):
+            part.heads = 4  # at every width
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return unet
+
+
+ADM_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2"}
+ADM_RESNET |= {"out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+ADM_OUTSIDE = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+ADM_OUTSIDE |= {"input_blocks.0.0": "conv_in", "label_emb": "class_embedding", "out.0": "conv_norm_out"}
+ADM_OUTSIDE |= {"out.2": "conv_out"}
+
+
+def from_adm(unet: UNet2DModel, adm: dict[str, Tensor], heads: int | None = None) -> dict[str, Tensor]:
+    """State dict of `unet` from OpenAI's names. They number one flat list of blocks down and one up, each holding a
+    residual block, perhaps attention, and on the way up perhaps an upsampler. Queries, keys and values lie one after
+    the other, each with all heads; with `heads`, head after head, each with its three. Raises KeyError.
+    """
+    places, index = [("middle_block.0", "mid_block.resnets.0"), ("middle_block.2", "mid_block.resnets.1")], 1
+    attentions = [("middle_block.1", "mid_block.attentions.0")]
+    for side, blocks in (("input", unet.down_blocks), ("output", unet.up_blocks)):
+        for level, block in enumerate(blocks):
+            here, attends = f"{'down' if side == 'input' else 'up'}_blocks.{level}", hasattr(block, "attentions")
+            for layer in range(len(block.resnets)):
+                places.append((f"{side}_blocks.{index}.0", f"{here}.resnets.{layer}"))
+                attentions += [(f"{side}_blocks.{index}.1", f"{here}.attentions.{layer}")] * attends
+                index += 1
+            if getattr(block, "downsamplers", None):
+                places.append((f"{side}_blocks.{index}.0", f"{here}.downsamplers.0"))
+                index += 1
+            if getattr(block, "upsamplers", None):
+                places.append((f"{side}_blocks.{index - 1}.{1 + attends}", f"{here}.upsamplers.0"))
+        index = 0
+    wanted, state = unet.state_dict(), {}
+    pairs = [(f"{old}.{a}", f"{new}.{b}") for old, new in places for a, b in ADM_RESNET.items()]
+    for part in ("weight", "bias"):
+        for old, new in pairs + list(ADM_OUTSIDE.items()):
+            if f"{new}.{part}" in wanted:  # only some residual blocks have a skip convolution
+                state[f"{new}.{part}"] = adm[f"{old}.{part}"]
+        for old, new in attentions:  # 1x1 convolutions there, linear layers here
+            qkv = adm[f"{old}.qkv.{part}"]
+            qkv = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2) if heads else qkv
+            named = dict(zip(("to_q", "to_k", "to_v"), qkv.chunk(3), strict=True))
+            for name, value in (named | {"to_out.0": adm[f"{old}.proj_out.{part}"]}).items():
+                state[f"{new}.{name}.{part}"] = value.flatten(1) if part == "weight" else value
+            state[f"{new}.group_norm.{part}"] = adm[f"{old}.norm.{part}"]
+    return state
+
+
+class Denoiser(nn.Module):
+    """D(y; sigma) of [EDM] Eq. (7): a preconditioned UNet, an exact mixture, or their sum, which is how a student
+    starts from an exact teacher. sigma Float[B, 1, 1, 1], labels Int[B]. bf16 is used inside the UNet only.
+    """
+
+    def __init__(self, args: Args, unet: UNet2DModel | None, exact: GaussianMixture | None = None):
+        super().__init__()
+        self.unet, self.exact, self.vp, self.bf16 = unet, exact, args.vp, args.dtype == "bf16"
+        self.masks = [part for name, part in self.named_modules() if name.endswith(".dropout")]
+        for mask in self.masks:
+            mask.p = args.dropout
+        self.memory = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory)
+
+    def raw(self, y: Tensor, sigma: Tensor, labels: Tensor, mask_seed: int | None = None) -> Tensor:
+        """The network output F in D = c_skip y + c_out F, in fp32. With `mask_seed`, dropout with the masks of that
+        seed: two networks of one architecture get the same ones, or their difference would be noise.
+        """
+        c_skip, c_out, c_in, timestep = precondition(sigma, self.vp)
+        output = 0.0 if self.exact is None else (self.exact(y, sigma, labels) - c_skip * y) / c_out
+        if self.unet is None:
+            return output
+        for mask in self.masks:
+            mask.training = mask_seed is not None
+        if mask_seed is not None:
+            torch.manual_seed(mask_seed)  # nothing else draws from the global generator
+        inputs = (c_in * y).contiguous(memory_format=self.memory)
+        # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            predicted = self.unet(inputs, timestep.flatten(), labels, return_dict=False)[0]
+        return output + predicted[:, : y.shape[1]].float()  # what follows is guided-diffusion's learned variance
+
+    def forward(self, y: Tensor, sigma: Tensor, labels: Tensor, mask_seed: int | None = None) -> Tensor:
+        c_skip, c_out, _, _ = precondition(sigma, self.vp)
+        return c_skip * y + c_out * self.raw(y, sigma, labels, mask_seed)
+
+
+def load_teacher(args: Args, name: str) -> Denoiser:
+    """The teacher that --teacher names, or of a run folder. Raises UserError."""
+    if name == "gmm":
+        images = load_images(args)
+        pixels, labels = images(torch.arange(len(images.labels)))
+        return Denoiser(args, None, GaussianMixture(to_float(pixels).flatten(1), args.gmm_std, labels=labels))
+    try:
+        if Path(name).suffix in {".pt", ".safetensors"}:
+            pickled = name.endswith(".pt")  # weights_only: nothing in the file is executed
+            weights = torch.load(name, "cpu", weights_only=True) if pickled else safetensors.torch.load_file(name)
+            unet = make_unet(args)
+            unet.load_state_dict(from_adm(unet, weights, 4 if args.vp else None))
+        else:
+            inner = {"subfolder": "unet"} if (Path(name) / "unet").is_dir() else {}
+            unet = UNet2DModel.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **inner)
+    except Exception as error:  # a damaged, foreign or missing teacher raises one of many types
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        way_out = "give a diffusers UNet2DModel folder (config.json, safetensors) or an OpenAI-format file"
+        raise UserError(f"--teacher {name} cannot be loaded ({problem}); {way_out}.") from error
+    shape, classes = (unet.config.in_channels, *[unet.config.sample_size] * 2), unet.config.num_class_embeds
+    flags = f"--dataset {args.dataset} --image-size {args.image_size} {args.image_shape} of {args.num_classes}"
+    fits = shape == args.image_shape and classes == args.num_classes
+    require(fits, f"--teacher {name} makes images {shape} of {classes} classes, {flags}: change one of them.")
+    return Denoiser(args, unet)
+
+
+def make_student(args: Args, teacher: Denoiser) -> Denoiser:
+    """A trainable copy; beside an exact teacher, a UNet that outputs 0 at first."""
+    if teacher.unet is None:
+        return Denoiser(args, make_unet(args), teacher.exact).to(teacher.exact.means.device).eval()
+    return copy.deepcopy(teacher).requires_grad_(True)
+
+
+# --- Algorithm: pure functions of callables, so that analytic objects and networks run through the same lines ---
+def generate(net: Callable, z: Tensor, labels: Tensor, sigma_star: float) -> Tensor:
+    """x = g(z): the denoiser used once, at level s* on s* z. z Float[B, C, H, W], x of the same shape."""
+    return net(sigma_star * z, torch.full_like(z[:, :1, :1, :1], sigma_star), labels)
+
+
+def denoiser_difference(
+    teacher: Denoiser, score: Denoiser, y: Tensor, sigma: Tensor, labels: Tensor, mask_seed: int | None
+) -> Tensor:
+    """Delta = D_q - D_phi as c_out (F_q - F_phi): c_skip y cancels, and small differences keep their precision."""
+    with torch.no_grad():
+        difference = teacher.raw(y, sigma, labels, mask_seed) - score.raw(y, sigma, labels, mask_seed)
+        return precondition(sigma, teacher.vp)[1] * difference
+
+
+@dataclass
+class Chain:
+    """Where the E-step ended. Offsets count from `x`."""
+
+    z0: Tensor
+    z: Tensor  # z_K
+    sigma: Tensor
+    x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
+    noisy: Tensor  # offset s eps_K
+    clean: Tensor  # the same less s nu_K, by a recursion that never sees the noise
+    nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
+    last: Tensor  # noise injected in the last step
+    logs: dict[str, Tensor]  # Float[B] each
+
+
+def e_step(
+    generator: Callable, difference: Callable, z: Tensor, eps: Tensor, sigma: Tensor, normal_like: Callable, args: Args
+) -> Chain:
+    """[EMD] E-step: K Langevin steps on rho(eps, z), log rho = ln q(y) - ln p(y) - |eps|^2/2 - |z|^2/2, started
+    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz:
+        eps <- (1 - gamma_eps) eps + gamma_eps Delta / s         + sqrt(2 gamma_eps) n
+        z   <- (1 - gamma_z)   z   + gamma_z   J^T Delta / s^2   + sqrt(2 gamma_z)   n'
+    In (x, z) the state is y, gamma_eps s^2 is its step, and J^T (y - g(z)) / s^2 pulls z. generator: z -> x,
+    difference: (y, s) -> Delta. States have the type of z, at least fp32. sigma broadcasts against eps.
+    """
+    assert z.dtype in (torch.float32, torch.float64) and eps.dtype == z.dtype
+    in_x, gamma = args.corrector.startswith("x"), args.gamma_eps
+    scale, scale_z = (
+        math.sqrt(2 * g if args.langevin == "euler" else g * (2 - g)) for g in (args.gamma_eps, args.gamma_z)
+    )
+    z0, nu, clean, clipped = z, eps, torch.zeros_like(eps), torch.zeros_like(z.flatten(1)[:, 0])
+    x = first = None
+    for step in range(args.k):
+        if args.moves_z or step == 0:
+            z, before = z.detach().requires_grad_(args.moves_z), x
+            x = generator(z)
+            if in_x and step > 0:  # z moved and y did not: the offsets of y from g(z) did
+                jump = (before - x).detach()
+                eps, clean = eps + jump / sigma, clean + jump
+        delta = difference(x.detach() + sigma * eps, sigma)
+        first = delta if first is None else first
+        last = scale * normal_like(eps)
+        if args.moves_z:
+            pull = eps / sigma if in_x else delta / sigma**2
+            drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
+            # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
+            rms = drift.flatten(1).pow(2).mean(1).sqrt()
+            drift = drift * (args.z_clip / rms.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
+            clipped = clipped + (rms > args.z_clip)
+            z = (1 - args.gamma_z) * z.detach() + drift + scale_z * normal_like(z)
+        eps = (1 - gamma) * eps + gamma * delta / sigma + last
+        nu = (1 - gamma) * nu + last
+        clean = (1 - gamma) * clean + gamma * delta
+    logs = {
+        "z_norm": z.flatten(1).pow(2).mean(1).sqrt(),
+        "z_clipped_share": clipped / args.k,
+        "delta_rms": first.flatten(1).pow(2).mean(1).sqrt(),
+        "delta_cosine": torch.cosine_similarity(first.flatten(1), delta.flatten(1)),
+    }
+    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, sigma * eps, clean, nu, last, logs)
+
+
+def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
+    """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
+    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
+    """
+    noisy = chain.noisy - chain.sigma * chain.last if args.cancel == "last" else chain.noisy
+    target = chain.clean if args.cancel == "full" else noisy
+    if args.corrector == "x-z":  # y does not follow the last move of z
+        target = target + (chain.x - x).detach()
+    return target / (1 if args.weight == "s2" else chain.sigma**2)
+
+
+def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args) -> tuple[Tensor, Tensor]:
+    """Mean over the batch of |r|^2 / 2, whose gradient is -J_theta(z_K)^T r, and r itself."""
+    x = generator(chain.z) if args.moves_z else chain.x
+    r = residual(chain, x, args)
+    # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
+    loss = 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+    if args.cancel == "exact":  # not in the paper: the noise is taken off at z_0, of which it is independent
+        x, less = generator(chain.z0), chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
+        loss = loss + 0.5 * (x - x.detach() + less).pow(2).flatten(1).sum(1).mean()
+    return loss, r
+
+
+def denoising_loss(
+    net: Denoiser, x: Tensor, sigma: Tensor, eps: Tensor, labels: Tensor, mask_seed: int | None
+) -> Tensor:
+    """[EDM] Eq. (2) with its weight (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2: for teacher and student
+    score network. Sum over pixels, mean over the batch.
+    """
+    error = net(x + sigma * eps, sigma, labels, mask_seed) - x
+    return (error / precondition(sigma, net.vp)[1]).pow(2).flatten(1).sum(1).mean()
+
+
+def heun(denoise: Callable, z: Tensor, steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
+    """[EDM] Algorithm 1: 2 steps - 1 evaluations of denoise(y, sigma) from z ~ N(0, I) to a sample."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    y = z * high
+    for here, there in zip(levels.tolist(), [*levels[1:].tolist(), 0.0], strict=True):
+        slope = (y - denoise(y, torch.full_like(y[:, :1, :1, :1], here))) / here
+        ahead = y + (there - here) * slope
+        if there > 0:
+            again = (ahead - denoise(ahead, torch.full_like(y[:, :1, :1, :1], there))) / there
+            ahead = y + (there - here) * 0.5 * (slope + again)
+        y = ahead
+    return y
+
+
+def ema_decay(step: int, args: Args) -> float:
+    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
+    if not args.ema or not args.ema_ramp:
+        return args.ema
+    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+class Noise:
+    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
+    resumed run, and any number of processes, draw the same.
+    """
+
+    def __init__(self, device: torch.device | str, *key: int):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator, device=self.device, dtype=like.dtype)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.device)
+
+    def sigma(self, count: int, args: Args) -> Tensor:
+        return (args.sigma_mean + args.sigma_std * self.normal(count, 1, 1, 1)).exp()
+
+
+# --- Run folder, checkpoints, logs ---
+# --- shared block: run folder ---
+class Run:
+    """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
+    The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process. Raises UserError.
+    """
+
+    def __init__(self, args: Args, writes: bool = True):
+        script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
+        new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
+        self.folder, self.writes = (
+            Path(args.resume or args.eval_only or new),
+            writes,
+        )  # of several processes, one writes
+        self.stop, self.wandb = False, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
+        if not writes:
+            return
+        try:
+            (self.folder / "media").mkdir(parents=True, exist_ok=True)
+            if not (args.resume or args.eval_only):
+                self.keep_settings(args)
+        except OSError as error:
+            reason = f"cannot write to {self.folder} ({error.strerror})"
+            raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
+        if args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--track needs wandb, which is not installed: pip install wandb.") from error
+            name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
+            where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
+            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+
+    def request_stop(self, number: int, frame: Any) -> None:
+        print("stopping after this iteration; once more to stop at once", flush=True)
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def keep_settings(self, args: Args) -> None:
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        shutil.copy(Path(__file__), self.folder)
+
+    def rewind(self, args: Args, step: int) -> None:
+        """A resumed run: keep its settings, forget logged lines beyond `step`, which will be computed again."""
+        path = self.folder / "metrics.jsonl"
+        if self.writes:
+            self.keep_settings(args)
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                way_out = f"--resume {self.folder} with a lower learning rate"
+                raise UserError(f"{name} is {value} at step {step}: training has diverged; try {way_out}.")
+        if self.writes:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
+        """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
+        if self.writes:
+            frames = np.asarray(frames).repeat(scale, axis=-3).repeat(scale, axis=-2)
+            path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
+            imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
+            if self.wandb:
+                import wandb
+
+                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+
+
+# --- end shared block: run folder ---
+
+
+def save_checkpoint(folder: Path, stage: str, step: int, state: dict[str, Any]) -> None:
+    """The state_dict of everything that moves; the last two of a stage are kept. Raises UserError."""
+    path = folder / "checkpoints" / f"{stage}_{step:09d}.pt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
+        for old in sorted(path.parent.glob(f"{stage}_*.pt"))[:-2]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--runs-dir: {path} was not written ({error}): make room, then --resume {folder}.") from error
+
+
+def load_checkpoint(folder: Path, stage: str, state: dict[str, Any]) -> int:
+    """Fill networks and optimisers from the newest checkpoint that can be used; its step, or 0 if the stage has none.
+    Raises UserError.
+    """
+    problem, paths = "", sorted((folder / "checkpoints").glob(f"{stage}_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            saved = torch.load(path, "cpu", weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            return int(path.stem.split("_")[1])
+        except Exception as error:  # a damaged or foreign checkpoint raises one of many types
+            problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"warning: {folder}: checkpoint cannot be used ({problem})", file=sys.stderr)
+    way_out = "give a run folder of this script, without flags that change the size of anything"
+    require(not paths, f"--resume or --eval-only {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
+    return 0
+
+
+class Means:
+    """Collects values over updates, micro-batches and processes. add() takes one or Float[B], weights of the same."""
+
+    def __init__(self, acc: Accelerator):
+        self.acc, self.sums = acc, {}
+
+    def add(self, name: str, values: Tensor | float, weights: Tensor | None = None) -> None:
+        values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
+        weights = torch.ones_like(values) if weights is None else weights.flatten().float()
+        self.sums[name] = self.sums.get(name, 0) + torch.stack([(values * weights).sum(), weights.sum()])
+
+    def take(self) -> dict[str, float]:
+        table = torch.stack([pair.to(self.acc.device) for pair in self.sums.values()])
+        names, self.sums = list(self.sums), {}
+        pairs = zip(names, self.acc.reduce(table, "sum").tolist(), strict=True)
+        return {name: total / count for name, (total, count) in pairs if count}
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """Float[N, C, H, W] in [-1, 1], row by row -> UInt8[rows H, columns W, 3]."""
+    pixels = to_uint8(images).expand(-1, 3, -1, -1).cpu().numpy()
+    n, _, h, w = pixels.shape
+    return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
+
+
+# --- Evaluation ---
+class Features(nn.Module):
+    """UInt8[B, C, H, W] -> features Float[B, D] and logits, from the TensorFlow Inception or from a small CNN that is
+    trained here, always from the same seed and batches, whatever --seed is: runs are measured with one ruler.
+    """
+
+    def __init__(self, args: Args, images: Images):
+        super().__init__()
+        self.inception = bool(args.features)
+        if self.inception:
+            try:
+                self.net = torch.jit.load(args.features, "cpu")
+            except (RuntimeError, ValueError, OSError) as error:
+                problem = f"cannot be loaded ({str(error).splitlines()[0][:100]}): name inception-2015-12-05.pt"
+                raise UserError(f"--features {args.features} {problem}, or give --eval-samples 0.") from error
+            return
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(args.image_shape[0], 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()]
+        head = [nn.Flatten(), nn.Linear(64 * (args.image_size // 4) ** 2, 64), nn.ReLU()]
+        self.net = nn.Sequential(*convs, nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), *head)
+        self.head = nn.Linear(64, args.num_classes)
+        optimizer = torch.optim.Adam(self.parameters(), 1e-3)
+        for step in range(args.classifier_steps):
+            pixels, labels = images(Noise("cpu", 0, step).integers(len(images.labels), 128))
+            optimizer.zero_grad()
+            cross_entropy(self(pixels)[1], labels).backward()
+            optimizer.step()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inception:
+            images = images.expand(-1, 3, -1, -1)
+            return self.net(images, return_features=True), self.net(images, no_output_bias=True).log()
+        features = self.net(to_float(images))
+        return features, self.head(features)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
+    Features Float[N, D].
+    """
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        # k + 1: every centre is its own nearest neighbour
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+    torch.manual_seed(0)  # torchmetrics draws KID's subsets from the global generator
+    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
+    as_given.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(as_given)
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    for metric in (distance, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    precision, recall = precision_recall(real, fake)
+    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
+
+
+class Evaluator:
+    """Compares generated images, their labels in turn, with the dataset and with the teacher's own samples."""
+
+    def __init__(self, args: Args, acc: Accelerator, teacher: Denoiser):
+        self.args, self.acc, self.labels = args, acc, torch.arange(args.eval_samples) % args.num_classes
+        images = load_images(args)
+        self.features = Features(args, images).to(acc.device).eval().requires_grad_(False)
+        digest = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in self.features.parameters())).hexdigest()
+        kind = "inception" if args.features else "classifier"
+        self.ruler = f"{kind}, {args.dataset} {args.image_size} px, weights {digest[:12]}"
+        # As many images of each class as are generated, as far as there are.
+        shuffled = torch.randperm(len(images.labels), generator=Noise("cpu", 0).generator)
+        counts = self.labels.bincount(minlength=args.num_classes).tolist()
+        picked = torch.cat([shuffled[images.labels[shuffled] == c][:n] for c, n in enumerate(counts)])
+        self.data = self.describe(torch.cat([images(part)[0] for part in picked.split(1000)]))[0]
+        self.teacher, seconds = self.sample(lambda z, c: heun(lambda y, s: teacher(y, s, c), z, args.heun_steps))
+        self.teacher_features, logits = self.describe(self.teacher)
+        self.teacher_scores = self.score(self.teacher_features, logits, {"data": self.data})
+        self.teacher_scores |= {"evaluations_per_image": 2 * args.heun_steps - 1, "seconds_per_image": seconds}
+
+    @torch.no_grad()
+    def sample(self, sampler: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
+        """UInt8[N, C, H, W], seconds per image. Noise depends on the chunk alone; processes share the chunks."""
+        acc, size, started = self.acc, self.args.eval_batch_size, time.perf_counter()
+        pixels = torch.zeros(len(self.labels), *self.args.image_shape, dtype=torch.int32, device=acc.device)
+        for index in range(acc.process_index, -(-len(self.labels) // size), acc.num_processes):
+            labels = self.labels[index * size :][:size].to(acc.device)
+            z = Noise(acc.device, 0, index).normal(len(labels), *self.args.image_shape)
+            pixels[index * size :][:size] = to_uint8(sampler(z, labels)).int()
+        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+        return pixels, (time.perf_counter() - started) * acc.num_processes / len(pixels)
+
+    @torch.no_grad()
+    def describe(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [self.features(part.to(self.acc.device)) for part in pixels.split(self.args.eval_batch_size)]
+        return tuple(torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
+
+    def score(self, features: Tensor, logits: Tensor, references: dict[str, Tensor]) -> dict[str, float]:
+        inception_score, is_fid = InceptionScore(nn.Identity()), self.features.inception
+        inception_score.update(logits)
+        found = float(inception_score.compute()[0])
+        scores = {"inception_score": found} if is_fid else {"classifier_score": found}
+        if not is_fid:
+            scores["label_accuracy"] = float((logits.argmax(1) == self.labels).double().mean())
+        for reference, real in references.items():
+            compared = compare(real, features, "fid" if is_fid else "frechet")
+            scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
+        return scores
+
+    def __call__(self, generator: Denoiser, run: Run, step: int) -> dict[str, float]:
+        """Scores of a generator, written to eval.json beside the teacher's."""
+        pixels, seconds = self.sample(lambda z, labels: generate(generator, z, labels, self.args.sigma_star))
+        student = self.score(*self.describe(pixels), {"data": self.data, "teacher": self.teacher_features})
+        # Deviation over noise within each class, mean over pixels: a collapse shows here first.
+        own, teacher = (
+            torch.stack([to_float(p[self.labels == c]).std(0).mean() for c in range(self.args.num_classes)])
+            for p in (pixels, self.teacher)
+        )
+        student |= {"spread_ratio": float((own / teacher).mean()), "spread_ratio_worst": float((own / teacher).min())}
+        student |= {"evaluations_per_image": 1, "seconds_per_image": seconds}
+        result = {"step": step, "samples": len(pixels), "features": self.ruler}
+        text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)
+        if run.writes:
+            (run.folder / "eval.json").write_text(text)
+            print(text)
+        return {f"eval/{name}": value for name, value in student.items()}
+
+
+# --- Training ---
+def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
+    """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
+    size, processes = min(args.micro_batch_size, total), acc.num_processes
+    problem = f"--micro-batch-size {size}: {processes} processes cannot share {total // size} of them evenly"
+    require(total // size % processes == 0, f"{problem}; try {max(1, total // processes)}.")
+    return range(acc.process_index, total // size, processes), size
+
+
+def optimizer_step(acc: Accelerator, optimizer: torch.optim.Optimizer, lr: float, clip: float = 0.0) -> Tensor:
+    """One update from gradients summed over processes; their norm. The networks stay outside of any wrapper, so that
+    the E-step's gradients of z start no communication.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    if acc.num_processes > 1:
+        flat = acc.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(part.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def denoising_update(
+    args: Args, net: Denoiser, optimizer: Any, lr: float, batch: Callable, total: int, key: tuple, means: Means
+) -> None:
+    """One update of `net` on the denoising loss of `total` images that batch(noise, count) gives."""
+    slots, size = micro_batches(total, args, means.acc)
+    for slot in slots:
+        noise = Noise(means.acc.device, args.seed, *key, slot)
+        x, labels = batch(noise, size)
+        mask_seed, sigma = int(noise.integers(2**31, 1)), noise.sigma(size, args)
+        loss = denoising_loss(net, x, sigma, noise.normal_like(x), labels, mask_seed)
+        (loss * size / total).backward()
+        means.add("losses/denoising", loss)
+    means.add("losses/denoising_grad_norm", optimizer_step(means.acc, optimizer, lr))
+
+
+def loop(
+    args: Args, run: Run, acc: Accelerator, stage: str, updates: int, offset: int, state: dict, update: Callable
+) -> Iterator[int]:
+    """Calls update(done, means) for the updates of a stage, from the start or from where --resume stopped, with logs and
+    checkpoints of `state`; yields `done` after each. `offset` counts the updates of earlier stages.
+    """
+    first = load_checkpoint(run.folder, stage, state) if args.resume else 0
+    run.rewind(args, offset + first)
+    means, since, mark = Means(acc), first, time.perf_counter()
+    for done in range(first + 1, updates + 1):
+        update(done, means)
+        # Any process may have been asked to stop: all of them do, after the same update.
+        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        last = done == updates
+        if run.stop or last or done % args.log_every == 0:
+            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
+            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
+            logs |= {"perf/updates_per_second": speed}
+            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            if acc.device.type == "cuda":
+                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            run.log(offset + done, logs)
+            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
+            if run.writes:
+                print(f"{stage} {done:,}/{updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+        if run.writes and (run.stop or last or done % args.save_every == 0):
+            save_checkpoint(run.folder, stage, done, state)
+        if run.stop and not last:
+            way_on = f"go on with: python {Path(__file__).name} --resume {run.folder}"
+            return print(f"stopped and saved after update {done:,} of the {stage}; {way_on}")
+        yield done
+
+
+def train_teacher(args: Args, run: Run, acc: Accelerator) -> None:
+    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/."""
+    net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
+    average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters())
+    if args.compile:
+        net.unet.compile()
+
+    def batch(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
+        pixels, labels = images(noise.integers(len(images.labels), count).cpu())
+        return to_float(pixels.to(acc.device)), labels.to(acc.device)
+
+    def update(done: int, means: Means) -> None:
+        lr = args.teacher_lr * min(1.0, 10 * done / args.teacher_steps)
+        denoising_update(args, net, adam, lr, batch, args.teacher_batch_size, (0, done), means)
+        update_ema(average, net, ema_decay(done, args))
+
+    state = {"net": net, "average": average, "adam": adam}
+    for _ in loop(args, run, acc, "teacher", args.teacher_steps, 0, state, update):
+        pass
+    if run.writes and not run.stop:
+        average.unet.save_pretrained(run.folder / "teacher.tmp")
+        (run.folder / "teacher.tmp").rename(run.folder / "teacher")  # a teacher/ that exists is whole
+
+
+def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser, labels: Tensor, noise: Noise | None):
+    """generator: z -> x and difference: (y, s) -> Delta of these labels, for e_step and m_step_loss. With `noise`,
+    dropout in both denoisers, every evaluation with a mask of its own.
+    """
+
+    def difference(y: Tensor, sigma: Tensor) -> Tensor:
+        mask_seed = None if noise is None else int(noise.integers(2**31, 1))
+        return denoiser_difference(teacher, score, y, sigma, labels, mask_seed)
+
+    return lambda z: generate(generator, z, labels, args.sigma_star), difference
+
+
+def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
+    """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
+    state = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
+    state["average"].requires_grad_(False)
+    adam = {
+        f"adam_{n}": torch.optim.Adam(state[n].parameters(), betas=(args.beta1, args.beta2)) for n in list(state)[:2]
+    }
+    return state | adam
+
+
+def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means: Means) -> None:
+    generator, device = state["generator"], means.acc.device
+
+    # 1. The student score network learns to denoise the generator's samples.
+    @torch.no_grad()
+    def samples(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
+        labels = noise.integers(args.num_classes, count)
+        return generate(generator, noise.normal(count, *args.image_shape), labels, args.sigma_star), labels
+
+    for turn in range(args.score_updates):
+        score = state["score"], state["adam_score"], args.score_lr
+        denoising_update(args, *score, samples, args.batch_size, (1, step, turn), means)
+
+    slots, size = micro_batches(args.batch_size, args, means.acc)
+    for slot in slots:
+        noise = Noise(device, args.seed, 2, step, slot)
+        labels, z = noise.integers(args.num_classes, size), noise.normal(size, *args.image_shape)
+        sigma, eps = noise.sigma(size, args).clamp(min=args.sigma_min), noise.normal_like(z)
+        # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
+        generator.requires_grad_(not args.moves_z)
+        g, difference = players(args, teacher, generator, state["score"], labels, noise)
+        chain = e_step(g, difference, z, eps, sigma, noise.normal_like, args)
+        # 3. M-step.
+        generator.requires_grad_(True)
+        loss, r = m_step_loss(g, chain, args)
+        (loss * size / args.batch_size).backward()
+        means.add("losses/generator", loss)
+        rms = r.pow(2).mean((1, 2, 3)).sqrt()
+        for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 1), (1, math.inf)):
+            means.add(f"chain/residual_rms_s{low}", rms, (sigma >= low) & (sigma < high))
+        for name, values in chain.logs.items():
+            means.add(f"chain/{name}", values)
+    norm = optimizer_step(means.acc, state["adam_generator"], args.generator_lr, args.max_grad_norm)
+    means.add("losses/generator_grad_norm", norm)
+
+    # 4. The average that is evaluated.
+    update_ema(state["average"], generator, ema_decay(step, args))
+
+
+def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict, acc: Accelerator) -> None:
+    """On fixed noise: samples of the averaged generator, once the teacher's; a panel with a row each for g(z), y at
+    s = 0.5, D_q(y), D_phi(y), their difference four times enlarged, and y and g(z) after the chain. With --mcmc-steps
+    K, a row each for g(z) + r after 0, K/30, K/10, K/3 and K steps of one chain: student samples being repaired.
+    """
+    noise, columns = Noise(acc.device, 0, 0), 10
+    labels = torch.arange(8 * columns, device=acc.device) % columns * (args.num_classes // columns)
+    z, few = noise.normal(8 * columns, *args.image_shape), labels[:columns]
+    sigma, eps = torch.full_like(z[:columns, :1, :1, :1], 0.5), noise.normal_like(z[:columns])
+    generator, difference = players(args, teacher, state["average"], state["score"], few, None)
+
+    @torch.no_grad()
+    def after(k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """y, g(z) and g(z) + r after k steps; the noise of a longer chain begins with that of a shorter one."""
+        part = dataclasses.replace(args, k=k, cancel="full", weight="s2")
+        with torch.enable_grad():
+            chain = e_step(generator, difference, z[:columns], eps, sigma, Noise(acc.device, 0, 1).normal_like, part)
+        x = generator(chain.z)
+        return chain.x + chain.noisy, x, x + residual(chain, x, part)
+
+    with torch.no_grad():
+        run.media(step, "samples", tile(generate(state["average"], z, labels, args.sigma_star), columns))
+        if not list((run.folder / "media").glob("teacher_*")):
+            run.media(step, "teacher", tile(heun(lambda y, s: teacher(y, s, labels), z, args.heun_steps), columns))
+        x = generator(z[:columns])
+        y = x + sigma * eps
+        denoised = [teacher(y, sigma, few), state["score"](y, sigma, few), 4 * difference(y, sigma)]
+    run.media(step, "panel", tile(torch.cat([x, y, *denoised, *after(args.k)[:2]]), columns))
+    if args.mcmc_steps:
+        rows = [after(max(1, round(args.mcmc_steps / part)))[2] for part in (30, 10, 3, 1)]
+        run.media(step, "mcmc", tile(torch.cat([x, *rows]), columns))
+
+
+def load_everything(args: Args, run: Run, acc: Accelerator) -> tuple[Denoiser, dict[str, Any], int]:
+    """The frozen teacher, the student's state as it starts, and how many updates the teacher took in this run."""
+    teacher = load_teacher(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
+    teacher = teacher.to(acc.device).eval().requires_grad_(False)
+    return teacher, init_state(args, teacher), args.teacher_steps * args.train_teacher
+
+
+def train(args: Args, acc: Accelerator) -> None:
+    """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
+    run = Run(args, writes=acc.is_main_process)
+    run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
+    with torch.device("meta"):  # a checkpoint holds three networks and Adam's two moments of two of them
+        needed = 3 * 7 * 4 * sum(p.numel() for p in make_unet(args).parameters()) / 1e9
+    free = shutil.disk_usage(args.runs_dir).free / 1e9 if run.writes else math.inf
+    require(free > needed, f"--runs-dir {args.runs_dir}: {free:.1f} GB are free, {needed:.1f} are needed: make room.")
+    if args.train_teacher and not (run.folder / "teacher").exists():
+        train_teacher(args, run, acc)
+        if run.stop:
+            return
+    acc.wait_for_everyone()
+    teacher, state, offset = load_everything(args, run, acc)
+    for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
+        net.unet.compile()
+    evaluator, update = None, functools.partial(train_iteration, args, teacher, state)
+    for done in loop(args, run, acc, "student", args.total_steps, offset, state, update):
+        last = done == args.total_steps
+        if run.writes and args.media_every and (last or done % args.media_every == 0):
+            write_media(args, run, offset + done, teacher, state, acc)
+        if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
+            evaluator = evaluator or Evaluator(args, acc, teacher)
+            run.log(offset + done, evaluator(state["average"], run, offset + done))
+
+
+def evaluate(args: Args, acc: Accelerator) -> None:
+    """--eval-only: scores and pictures of a run's newest checkpoint."""
+    run = Run(args, writes=acc.is_main_process)
+    trained = list((run.folder / "checkpoints").glob("student_*.pt"))
+    require(bool(trained), f"--eval-only {run.folder} has no student checkpoint: go on with --resume {run.folder}.")
+    teacher, state, offset = load_everything(args, run, acc)
+    step = offset + load_checkpoint(run.folder, "student", state)
+    if run.writes and args.media_every:
+        write_media(args, run, step, teacher, state, acc)
+    if args.eval_samples:
+        Evaluator(args, acc, teacher)(state["average"], run, step)
+
+
+def dry_run(args: Args) -> None:
+    """Settings, parameter counts, and what an update costs, from the shapes of a UNet that is never filled."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet = make_unet(args)
+        unet(torch.zeros(1, *args.image_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    flops, parameters = counter.get_total_flops(), sum(p.numel() for p in unet.parameters())
+    chain = (4 if args.moves_z else 2) * args.k + 3  # see docs: a backward pass counts as two
+    forwards = chain + 4 * args.score_updates + 3 * (args.cancel == "exact")
+    total = forwards * args.batch_size * args.total_steps * flops
+    total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
+    print(json.dumps(dataclasses.asdict(args), indent=2))
+    print(f"UNet: {parameters:,} parameters, in four copies; a forward pass of an image is {flops / 1e9:.2f} GFLOP")
+    print(f"an update: {forwards} forward passes of {args.batch_size} images (a backward pass counts as two)")
+    print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
+
+
+def main() -> None:
+    try:
+        args = parse_args()
+        check_args(args)
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        require(together or not args.distributed, "--distributed needs `accelerate launch`: start the script with it.")
+        if args.dry_run:
+            return dry_run(args)
+        torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
+        (evaluate if args.eval_only else train)(args, Accelerator())
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
