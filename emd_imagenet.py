@@ -192,59 +192,53 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known = first.parse_known_args(argv)[0]
     if known.resume and known.eval_only:
         raise UserError("--resume and --eval-only exclude each other: give one of them.")
-    name, folder = known.preset or "paper", known.resume or known.eval_only
-    if name not in PRESETS:
-        raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}.")
-    default = PRESETS[name]
-    if folder:
+    if (known.preset or "paper") not in PRESETS:
+        raise UserError(f"--preset {known.preset} does not exist: choose one of {', '.join(PRESETS)}.")
+    default = PRESETS[known.preset or "paper"]
+    if folder := known.resume or known.eval_only:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
             saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-            wrong = [name for name, value in saved.items() if type(value) is not type(getattr(default, name, None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r}")
+            for name, value in saved.items():
+                if type(value) is not type(getattr(default, name, None)):
+                    raise ValueError(f"{name} is {value!r}")
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            flag, reason = "--resume" if known.resume else "--eval-only", f"{type(error).__name__}: {error}"
-            reason = f"its args.json cannot be used ({reason}); name a folder that {Path(__file__).name} wrote"
-            raise UserError(f"{flag} {folder}: {reason}.") from error
+            reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
+            flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
+            raise UserError(f"{flag} {folder}: {reason}; {way_out}.") from error
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+def require(args: Args, name: str, holds: bool, reason: str) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} {reason}.")
 
 
 # --- end shared block: command line ---
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def check_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is read or computed. Raises UserError."""
-
-    def check(name: str, good: bool, advice: str) -> None:
-        require(good, f"--{name.replace('_', '-')} {getattr(args, name)} {advice}.")
-
-    may_be_0 = ("seed", "total_steps", "unet_attention", "eval_samples", "eval_every", "media_every", "mcmc_steps")
-    above_0 = ("gamma_eps", "sigma_min", "sigma_std", "z_clip", "gmm_std")
-    below_1 = ("dropout", "gamma_eps", "gamma_z", "beta1", "beta2", "ema")
+    check = functools.partial(require, args)
+    may_be_0 = {"seed", "total_steps", "unet_attention", "eval_samples", "eval_every", "media_every", "mcmc_steps"}
+    above_0, either_sign = {"gamma_eps", "sigma_min", "sigma_std", "z_clip", "gmm_std"}, {"sigma_mean", "lambda_star"}
+    high = dict.fromkeys(("dropout", "gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1) | {"seed": 2**32}
+    high |= dict.fromkeys(either_sign, 20)
     for name, value in dataclasses.asdict(args).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if type(numbers[0]) in (int, float):
-            low = -20 if name in ("sigma_mean", "lambda_star") else 0
-            low = 1 if isinstance(numbers[0], int) and name not in may_be_0 else low
-            high = 1 if name in below_1 else 20 if low < 0 else math.inf
-            good = all(low <= number < high and not (number == 0 and name in above_0) for number in numbers)
-            check(
-                name, good, f"is out of range: give a number {'above' if name in above_0 else 'from'} {low} to {high}"
-            )
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float):
+                low = -20 if name in either_sign else int(type(number) is int and name not in may_be_0)
+                fits = low <= number < high.get(name, math.inf) and (number > 0 or name not in above_0)
+                word = "above" if name in above_0 else "from"
+                check(name, fits, f"is out of range: give numbers {word} {low} to below {high.get(name, math.inf)}")
     sizes = {"digits": (8,), "fashion": (16, 32)}.get(args.dataset, (args.image_size,))
     check("image_size", args.image_size in sizes, f"does not exist for --dataset {args.dataset}: try {sizes[0]}")
     check("data_dir", args.dataset != "digits" or not args.data_dir, "is not for --dataset digits: leave it out")
-    fits = args.image_size % 2 ** (len(args.unet_channels) - 1) == 0
-    check("unet_channels", fits, f"has more levels than --image-size {args.image_size} can be halved for: give fewer")
+    fits = args.unet_channels and args.image_size % 2 ** (len(args.unet_channels) - 1) == 0
+    check("unet_channels", fits, f"are too few or too many levels for --image-size {args.image_size}: halve it by each")
     fits = all(width % 64 == 0 or width in (16, 32, 48) for width in args.unet_channels)
-    check("unet_channels", fits, "does not split into attention heads: give 16, 32, 48 or multiples of 64")
+    check("unet_channels", fits, "do not split into attention heads: give 16, 32, 48 or multiples of 64")
     for name in ("batch_size", "teacher_batch_size"):
         batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
         check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
@@ -252,11 +246,11 @@ def check_args(args: Args) -> None:
     check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
     if args.dry_run:
         return
-    if args.dataset == "imagenet":
-        needed = args.eval_samples or args.train_teacher or args.teacher == "gmm"
-        check("data_dir", bool(args.data_dir) or not needed, "is empty: name ImageNet's train folder")
-        given = args.features or not args.eval_samples
-        check("features", bool(given), "is empty: name inception-2015-12-05.pt, or give --eval-samples 0")
+    imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
+    needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
+    check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
+    way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
+    check("features", not (imagenet and scored) or args.features, f"is empty: {way_out}")
     one = bool(args.teacher) != args.train_teacher
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
@@ -294,8 +288,9 @@ class Images:
             if index not in self.bad:
                 self.bad.add(index)
                 print(f"warning: skipped image {len(self.bad)}, {path} at {offset} ({error})", file=sys.stderr)
-            problem = f"--data-dir: a tenth of the images cannot be decoded, such as {path}"
-            require(len(self.bad) <= len(self.parts) // 10, f"{problem}; replace or delete them.")
+            if len(self.bad) > len(self.parts) // 10:
+                problem = f"a tenth of the images cannot be decoded, such as {path}"
+                raise UserError(f"--data-dir: {problem}; replace or delete them.") from error
             return self.decode((index + 1) % len(self.parts))
 
 
@@ -337,7 +332,7 @@ def load_imagenet(args: Args) -> Images:
         found += [((path, 0, -1), label) for path in files]
     if not all(0 <= label < args.num_classes for _, label in found):
         found, problem = [], f"it has more than {args.num_classes} classes"
-    require(bool(found), f"--data-dir {root}: {problem}; name ImageNet's train folder.")
+    require(args, "data_dir", bool(found), f"cannot be used: {problem}; name ImageNet's train folder")
     parts, labels = zip(*found, strict=True)
     return Images(labels, parts=list(parts), size=args.image_size)
 
@@ -539,9 +534,9 @@ def load_teacher(args: Args, name: str) -> Denoiser:
         way_out = "give a diffusers UNet2DModel folder (config.json, safetensors) or an OpenAI-format file"
         raise UserError(f"--teacher {name} cannot be loaded ({problem}); {way_out}.") from error
     shape, classes = (unet.config.in_channels, *[unet.config.sample_size] * 2), unet.config.num_class_embeds
-    flags = f"--dataset {args.dataset} --image-size {args.image_size} {args.image_shape} of {args.num_classes}"
-    fits = shape == args.image_shape and classes == args.num_classes
-    require(fits, f"--teacher {name} makes images {shape} of {classes} classes, {flags}: change one of them.")
+    if (shape, classes) != (args.image_shape, args.num_classes):
+        flags = f"--dataset {args.dataset} --image-size {args.image_size}: {args.image_shape} of {args.num_classes}"
+        raise UserError(f"--teacher {name} makes images {shape} of {classes} classes, but {flags}; change one of them.")
     return Denoiser(args, unet)
 
 
@@ -715,33 +710,33 @@ class Noise:
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
-    The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process. Raises UserError.
+    step: where a resumed run goes on; lines logged beyond it are forgotten, since they will be computed again. writes:
+    of several processes, one does. The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process.
+    Raises UserError.
     """
 
-    def __init__(self, args: Args, writes: bool = True):
-        script, started = Path(__file__), time.strftime("%Y%m%d-%H%M%S")
-        new = f"{args.runs_dir}/{script.stem}__{args.preset}__s{args.seed}__{started}"
-        self.folder, self.writes = (
-            Path(args.resume or args.eval_only or new),
-            writes,
-        )  # of several processes, one writes
-        self.stop, self.wandb = False, None
+    def __init__(self, args: Args, step: int = 0, writes: bool = True):
+        new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
+        self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
             return
         try:
             (self.folder / "media").mkdir(parents=True, exist_ok=True)
-            if not (args.resume or args.eval_only):
-                self.keep_settings(args)
+            if not args.eval_only:
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+                shutil.copy(Path(__file__), self.folder)
+                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+                self.lines.write_text("".join(whole))
         except OSError as error:
             reason = f"cannot write to {self.folder} ({error.strerror})"
             raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
         if args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--track needs wandb, which is not installed: pip install wandb.") from error
+            import wandb
+
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
@@ -751,26 +746,14 @@ class Run:
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 
-    def keep_settings(self, args: Args) -> None:
-        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        shutil.copy(Path(__file__), self.folder)
-
-    def rewind(self, args: Args, step: int) -> None:
-        """A resumed run: keep its settings, forget logged lines beyond `step`, which will be computed again."""
-        path = self.folder / "metrics.jsonl"
-        if self.writes:
-            self.keep_settings(args)
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                way_out = f"--resume {self.folder} with a lower learning rate"
-                raise UserError(f"{name} is {value} at step {step}: training has diverged; try {way_out}.")
+                way_out = f"try --resume {self.folder} with a lower learning rate"
+                raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
@@ -791,36 +774,43 @@ class Run:
 # --- end shared block: run folder ---
 
 
-def save_checkpoint(folder: Path, stage: str, step: int, state: dict[str, Any]) -> None:
-    """The state_dict of everything that moves; the last two of a stage are kept. Raises UserError."""
-    path = folder / "checkpoints" / f"{stage}_{step:09d}.pt"
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
+    path = folder / "checkpoints" / f"{step:09d}.pt"
     try:
         path.parent.mkdir(exist_ok=True)
         torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
-        for old in sorted(path.parent.glob(f"{stage}_*.pt"))[:-2]:
+        for old in sorted(path.parent.glob("*.pt"))[:-2]:
             old.unlink()
     except (OSError, RuntimeError) as error:
         raise UserError(f"--runs-dir: {path} was not written ({error}): make room, then --resume {folder}.") from error
 
 
-def load_checkpoint(folder: Path, stage: str, state: dict[str, Any]) -> int:
-    """Fill networks and optimisers from the newest checkpoint that can be used; its step, or 0 if the stage has none.
-    Raises UserError.
+def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
+    UserError.
     """
-    problem, paths = "", sorted((folder / "checkpoints").glob(f"{stage}_*.pt"), reverse=True)
+    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            saved = torch.load(path, "cpu", weights_only=True)
-            for name, part in state.items():
-                part.load_state_dict(saved[name])
-            return int(path.stem.split("_")[1])
-        except Exception as error:  # a damaged or foreign checkpoint raises one of many types
-            problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"warning: {folder}: checkpoint cannot be used ({problem})", file=sys.stderr)
-    way_out = "give a run folder of this script, without flags that change the size of anything"
-    require(not paths, f"--resume or --eval-only {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
-    return 0
+            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises one of many types
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"warning: checkpoint {path} cannot be read ({reason})", file=sys.stderr)
+    if paths:
+        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
+    return 0, {}
+
+
+def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fill networks and optimisers. Raises UserError."""
+    try:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = f"its checkpoint does not fit these settings ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"--resume or --eval-only {folder}: {reason}; leave out flags that change a size.") from error
 
 
 class Means:
@@ -983,8 +973,8 @@ class Evaluator:
 def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
     """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
     size, processes = min(args.micro_batch_size, total), acc.num_processes
-    problem = f"--micro-batch-size {size}: {processes} processes cannot share {total // size} of them evenly"
-    require(total // size % processes == 0, f"{problem}; try {max(1, total // processes)}.")
+    reason = f"makes {total // size} that {processes} processes cannot share evenly: try {max(1, total // processes)}"
+    require(args, "micro_batch_size", total // size % processes == 0, reason)
     return range(acc.process_index, total // size, processes), size
 
 
@@ -1020,13 +1010,11 @@ def denoising_update(
 
 
 def loop(
-    args: Args, run: Run, acc: Accelerator, stage: str, updates: int, offset: int, state: dict, update: Callable
+    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
 ) -> Iterator[int]:
-    """Calls update(done, means) for the updates of a stage, from the start or from where --resume stopped, with logs
-    and checkpoints of `state`; yields `done` after each. `offset` counts the updates of earlier stages.
+    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
+    yields `done` after each. `offset` counts the updates of earlier stages.
     """
-    first = load_checkpoint(run.folder, stage, state) if args.resume else 0
-    run.rewind(args, offset + first)
     means, since, mark = Means(acc), first, time.perf_counter()
     for done in range(first + 1, updates + 1):
         update(done, means)
@@ -1043,17 +1031,17 @@ def loop(
             run.log(offset + done, logs)
             left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
             if run.writes:
-                print(f"{stage} {done:,}/{updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
         if run.writes and (run.stop or last or done % args.save_every == 0):
-            save_checkpoint(run.folder, stage, done, state)
+            save_checkpoint(run.folder, offset + done, state)
         if run.stop and not last:
-            way_on = f"go on with: python {Path(__file__).name} --resume {run.folder}"
-            return print(f"stopped and saved after update {done:,} of the {stage}; {way_on}")
+            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
+            return
         yield done
 
 
-def train_teacher(args: Args, run: Run, acc: Accelerator) -> None:
-    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/."""
+def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
+    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end."""
     net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
     average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters())
     if args.compile:
@@ -1068,12 +1056,16 @@ def train_teacher(args: Args, run: Run, acc: Accelerator) -> None:
         denoising_update(args, net, adam, lr, batch, args.teacher_batch_size, (0, done), means)
         update_ema(average, net, ema_decay(done, args))
 
-    state = {"net": net, "average": average, "adam": adam}
-    for _ in loop(args, run, acc, "teacher", args.teacher_steps, 0, state, update):
-        pass
-    if run.writes and not run.stop:
+    state = {"teacher": net, "average": average, "adam": adam}
+    if saved:
+        restore(run.folder, state, saved)
+    print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher")
+    done = max([first, *loop(args, run, acc, first, args.teacher_steps, 0, state, update)])
+    if run.writes and done == args.teacher_steps:
         average.unet.save_pretrained(run.folder / "teacher.tmp")
         (run.folder / "teacher.tmp").rename(run.folder / "teacher")  # a teacher/ that exists is whole
+    acc.wait_for_everyone()
+    return done == args.teacher_steps
 
 
 def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser, labels: Tensor, noise: Noise | None):
@@ -1179,22 +1171,25 @@ def load_everything(args: Args, run: Run, acc: Accelerator) -> tuple[Denoiser, d
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    run = Run(args, writes=acc.is_main_process)
+    step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
+    run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     with torch.device("meta"):  # a checkpoint holds three networks and Adam's two moments of two of them
         needed = 3 * 7 * 4 * sum(p.numel() for p in make_unet(args).parameters()) / 1e9
-    free = shutil.disk_usage(args.runs_dir).free / 1e9 if run.writes else math.inf
-    require(free > needed, f"--runs-dir {args.runs_dir}: {free:.1f} GB are free, {needed:.1f} are needed: make room.")
+    free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
+    require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
     if args.train_teacher and not (run.folder / "teacher").exists():
-        train_teacher(args, run, acc)
-        if run.stop:
+        if not train_teacher(args, run, acc, step, saved):
             return
-    acc.wait_for_everyone()
+        step, saved = args.teacher_steps, {}
     teacher, state, offset = load_everything(args, run, acc)
+    if "generator" in saved:
+        restore(run.folder, state, saved)
+    print(f"{run.folder}: {args.total_steps:,} updates of the generator")
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)
-    for done in loop(args, run, acc, "student", args.total_steps, offset, state, update):
+    for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
         last = done == args.total_steps
         if run.writes and args.media_every and (last or done % args.media_every == 0):
             write_media(args, run, offset + done, teacher, state, acc)
@@ -1205,11 +1200,11 @@ def train(args: Args, acc: Accelerator) -> None:
 
 def evaluate(args: Args, acc: Accelerator) -> None:
     """--eval-only: scores and pictures of a run's newest checkpoint."""
+    step, saved = load_checkpoint(Path(args.eval_only))
+    require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     run = Run(args, writes=acc.is_main_process)
-    trained = list((run.folder / "checkpoints").glob("student_*.pt"))
-    require(bool(trained), f"--eval-only {run.folder} has no student checkpoint: go on with --resume {run.folder}.")
-    teacher, state, offset = load_everything(args, run, acc)
-    step = offset + load_checkpoint(run.folder, "student", state)
+    teacher, state, _ = load_everything(args, run, acc)
+    restore(run.folder, state, saved)
     if run.writes:
         write_media(args, run, step, teacher, state, acc)
     if args.eval_samples:
@@ -1237,7 +1232,7 @@ def main() -> None:
         args = parse_args()
         check_args(args)
         together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        require(together or not args.distributed, "--distributed needs `accelerate launch`: start the script with it.")
+        require(args, "distributed", together or not args.distributed, "needs `accelerate launch` to start the script")
         if args.dry_run:
             return dry_run(args)
         torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")

@@ -720,7 +720,7 @@ def only(folder):
 
 def last_checkpoint(folder):
     """Every tensor of the newest student checkpoint, by name."""
-    saved, found = torch.load(sorted((folder / "checkpoints").glob("student_*"))[-1], weights_only=True), {}
+    saved, found = emd.load_checkpoint(folder)[1], {}
     for part, state in saved.items():
         for name, value in state.get("state", state).items():
             found |= (
@@ -753,7 +753,7 @@ def copied(smoke, tmp_path):
 def test_smoke_leaves_what_it_promises(smoke):
     for name in ("args.json", "emd_imagenet.py", "metrics.jsonl", "eval.json", "teacher/config.json"):
         assert (smoke / name).stat().st_size > 0
-    assert len(list((smoke / "checkpoints").glob("student_*.pt"))) == 2
+    assert sorted(path.name for path in (smoke / "checkpoints").iterdir()) == ["000000022.pt", "000000024.pt"]
     assert {path.name.split("_")[0] for path in (smoke / "media").glob("*.png")} == {"samples", "teacher", "panel"}
     lines = metrics(smoke)
     assert [line["step"] for line in lines] == [*range(2, 25, 2), 24]
@@ -800,14 +800,14 @@ def test_a_teacher_that_was_interrupted_goes_on_exactly(smoke, tmp_path, capsys,
         original(*inputs)
 
     monkeypatch.setattr(emd, "denoising_update", interrupted)
-    assert "stopped and saved after update 7 of the teacher" in run_main(capsys, *SMALL, "--runs-dir", tmp_path)[1]
+    assert "stopped and saved after update 7;" in run_main(capsys, *SMALL, "--runs-dir", tmp_path)[1]
     assert not (only(tmp_path) / "teacher").exists()
     assert run_main(capsys, "--resume", only(tmp_path))[0] == 0
     assert_same_tensors(last_checkpoint(only(tmp_path)), last_checkpoint(smoke), rtol=0, atol=0)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(smoke, copied, capsys):
-    newest = copied / "checkpoints" / "student_000000004.pt"
+    newest = copied / "checkpoints" / "000000024.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     code, output = run_main(capsys, "--resume", copied, "--eval-samples", 0, "--media-every", 0)
     assert code == 0 and newest.name in output
@@ -977,10 +977,12 @@ def test_what_the_user_can_put_right_is_one_sentence(flags, message, tmp_path, c
 
 
 def test_a_foreign_checkpoint_and_a_diverged_loss_are_one_sentence(copied, tmp_path, capsys):
+    code, error = run_main(capsys, "--resume", copied, "--unet-channels", 32, 32)
+    assert code == 2 and f"{copied}: its checkpoint does not fit" in error
     for path in (copied / "checkpoints").iterdir():
         path.write_bytes(b"something else")
     code, error = run_main(capsys, "--resume", copied)
-    assert code == 2 and f"{copied}: no checkpoint fits" in error
+    assert code == 2 and f"{copied}: none of its checkpoints can be read" in error
     code, error = run_main(capsys, *SMALL, "--teacher-lr", 1e30, "--runs-dir", tmp_path / "new")
     assert code == 2 and "training has diverged" in error
 
