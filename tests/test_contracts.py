@@ -3,6 +3,7 @@ is free. Most of this reads sources; nothing is compiled.
 """
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,19 +15,21 @@ import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT, metrics_of
 
+import emd_imagenet as emd
 import twm_dyna_craftax as twm
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
-SNAPSHOT = ROOT / "tests" / "help_twm_dyna_craftax.txt"
+MODULES = pytest.mark.parametrize("module", [twm, emd], ids=lambda module: module.__name__)
 
 # Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
 CRAFTAX = {"twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"}
+ALL = CRAFTAX | {"emd_imagenet.py"}
 EXPECTED_BLOCKS = {
-    "common flags": CRAFTAX,
+    "common flags": ALL,
     "policy flags": CRAFTAX,
-    "command line": CRAFTAX,
+    "command line": ALL,
     "craftax agent": CRAFTAX,
-    "run folder": CRAFTAX,
+    "run folder": ALL,
     "craftax run": CRAFTAX,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
@@ -47,9 +50,10 @@ def test_shared_blocks_are_byte_identical():
         assert len(set(by_script.values())) == 1, f"shared block '{name}' differs between {sorted(by_script)}"
 
 
-def test_every_flag_is_read_by_the_algorithm():
+@MODULES
+def test_every_flag_is_read_by_the_algorithm(module):
     """As args.NAME outside Args, the presets, and the functions that only check or print settings."""
-    tree = ast.parse(SCRIPT.read_text())
+    tree = ast.parse((ROOT / f"{module.__name__}.py").read_text())
     read = set()
     for part in tree.body:
         if isinstance(part, ast.Assign):  # PRESETS
@@ -63,22 +67,23 @@ def test_every_flag_is_read_by_the_algorithm():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
                 read |= {node.attr} if name in ("args", "self") else set()
-    flags = set(twm.Args.__dataclass_fields__)
+    flags = set(module.Args.__dataclass_fields__)
     assert not flags - read, f"no part of the script reads {sorted(flags - read)}"
 
 
-def test_every_preset_names_itself_and_is_valid():
-    for name, preset in twm.PRESETS.items():
+@MODULES
+def test_every_preset_names_itself_and_is_valid(module):
+    for name, preset in module.PRESETS.items():
         assert preset.preset == name
-        twm.check_args(preset)
+        module.check_args(dataclasses.replace(preset, dry_run=True))  # what a run needs beside it may be missing
 
 
-def help_text(capsys, monkeypatch) -> str:
+def help_text(module, capsys, monkeypatch) -> str:
     """--help as a text that does not depend on the terminal: one line a flag, boxes and colours removed."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit) as end:
-        twm.parse_args(["--help"])
+        module.parse_args(["--help"])
     assert end.value.code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     text = re.sub(r"[^\x00-\x7f]|-{5,}", " ", text)  # box drawing
@@ -86,15 +91,16 @@ def help_text(capsys, monkeypatch) -> str:
     return re.sub(r" (--[a-z-]+(?:,| [\[A-Z{]))", r"\n\1", words).strip() + "\n"
 
 
-def test_help_is_the_snapshot(capsys, monkeypatch):
-    text = help_text(capsys, monkeypatch)
+@MODULES
+def test_help_is_the_snapshot(module, capsys, monkeypatch):
+    text, snapshot = help_text(module, capsys, monkeypatch), ROOT / "tests" / f"help_{module.__name__}.txt"
     if os.environ.get("UPDATE_SNAPSHOTS"):
-        SNAPSHOT.write_text(text)
-    expected = SNAPSHOT.read_text() if SNAPSHOT.exists() else ""
-    for field in twm.Args.__dataclass_fields__:
+        snapshot.write_text(text)
+    expected = snapshot.read_text() if snapshot.exists() else ""
+    for field in module.Args.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text, field
     how = "UPDATE_SNAPSHOTS=1 python -m pytest tests/test_contracts.py -k help"
-    assert text == expected, f"--help changed. If that was meant, run\n    {how}\nand commit {SNAPSHOT.name}."
+    assert text == expected, f"--help changed. If that was meant, run\n    {how}\nand commit {snapshot.name}."
 
 
 # --- Dependencies ---
@@ -145,14 +151,20 @@ def test_logged_keys_are_the_documented_keys(smoke_run):
 
 
 # --- Importing ---
-def test_importing_opens_no_device_and_imports_neither_environment_nor_tracker():
-    program = """
+JAX_IDLE = "from jax._src import xla_bridge\nassert not xla_bridge._backends"
+TORCH_IDLE = "import torch\nassert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+NOT_IMPORTED = {twm: ["wandb", "craftax", "torch", "matplotlib"], emd: ["wandb", "sklearn", "jax"]}
+
+
+@MODULES
+def test_importing_opens_no_device_and_imports_neither_environment_nor_tracker(module):
+    program = f"""
 import sys
-import twm_dyna_craftax
-from jax._src import xla_bridge
-assert not xla_bridge._backends, "a device was opened"
-for name in ("wandb", "craftax", "torch", "matplotlib"):
-    assert name not in sys.modules, f"{name} was imported"
+sys.argv = ["x", "--nonsense"]
+import {module.__name__}
+{TORCH_IDLE if module is emd else JAX_IDLE}
+for name in {NOT_IMPORTED[module]}:
+    assert name not in sys.modules, name + " was imported"
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -762,6 +763,16 @@ def test_smoke_leaves_what_it_promises(smoke):
     assert result["features"].startswith("classifier, digits") and result["samples"] == 60
     assert {"frechet_to_data", "kid_to_teacher", "recall_to_data", "spread_ratio"} <= result["student"].keys()
     assert (result["student"]["evaluations_per_image"], result["teacher"]["evaluations_per_image"]) == (1, 7)
+
+
+def test_logged_keys_are_the_documented_keys(smoke):
+    page = (ROOT / "docs" / "emd_imagenet.md").read_text()
+    cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
+    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
+    logged = {key for line in metrics(smoke) for key in line if key != "step"}
+    assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
+    assert documented - logged <= {"perf/peak_device_memory_gb", "chain/residual_rms_s0", "chain/residual_rms_s1"}
+    assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
 
 
 def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain(copied, capsys):
