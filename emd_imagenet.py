@@ -246,14 +246,14 @@ def check_args(args: Args) -> None:
     check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
     if args.dry_run:
         return
+    one = bool(args.teacher) != args.train_teacher
+    check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
+    check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
     way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
     check("features", not (imagenet and scored) or args.features, f"is empty: {way_out}")
-    one = bool(args.teacher) != args.train_teacher
-    check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
-    check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
 
 
 # --- Images ---
