@@ -154,6 +154,25 @@ def test_residual_recursion_equals_subtracting_the_recorded_noise(corrector, lan
         torch.testing.assert_close(r["last"], r["none"] - sigma * scale * noises[-1], atol=1e-12, rtol=1e-12)
 
 
+def test_the_x_z_chain_is_langevin_on_y_itself():
+    """Written out in y: its step is gamma_eps s^2, and it stays where it is when z moves."""
+    q, p, s, gamma, gamma_z = mixture(0), mixture(1), 0.6, 0.16, 0.01
+    sigma, draw = torch.full((8, 1), s, dtype=torch.float64), normal_from(5)
+    z0, eps = draw(torch.zeros(2, 8, 3, dtype=torch.float64))
+    args = settings(corrector="x-z", k=5, gamma_eps=gamma, gamma_z=gamma_z, cancel="none")
+    chain = emd.e_step(torch.tanh, lambda y, s: q(y, s) - p(y, s), z0, eps, sigma, normal_from(6), args)
+    draw, z, y = normal_from(6), z0, torch.tanh(z0) + s * eps
+    for _ in range(5):
+        n, n_z = draw(y), draw(z)
+        pull_y = (q(y, sigma) - p(y, sigma) - (y - torch.tanh(z))) / s**2
+        pull_z = (1 - torch.tanh(z) ** 2) * (y - torch.tanh(z)) / s**2 - z
+        y = y + gamma * s**2 * pull_y + s * math.sqrt(2 * gamma) * n
+        z = z + gamma_z * pull_z + math.sqrt(2 * gamma_z) * n_z
+    torch.testing.assert_close(chain.z, z, atol=1e-12, rtol=1e-12)
+    r = emd.residual(chain, torch.tanh(chain.z), args)
+    torch.testing.assert_close(r, y - torch.tanh(z), atol=1e-12, rtol=1e-12)
+
+
 def test_moving_x_alone_is_moving_eps_alone():
     q, p, sigma = mixture(0), mixture(1), torch.full((8, 1), 0.6, dtype=torch.float64)
     z, eps = normal_from(5)(torch.zeros(2, 8, 3, dtype=torch.float64))
@@ -675,7 +694,9 @@ def test_a_ring_of_modes_is_learnt_without_losing_any():
 # --- T8: an exact teacher of 64 dimensions ---
 def test_distilling_the_exact_teacher_of_digits_approaches_it():
     args = settings(teacher="gmm", train_teacher=False, dropout=0.0, batch_size=32, micro_batch_size=32, k=4, ema=0.9)
-    args = dataclasses.replace(args, generator_lr=1e-3, score_lr=2e-3, eval_samples=600, eval_batch_size=300)
+    args = dataclasses.replace(
+        args, generator_lr=1e-3, score_lr=2e-3, eval_samples=600, eval_batch_size=300, heun_steps=16
+    )
     teacher = emd.load_teacher(args, "gmm").requires_grad_(False)
     state, evaluator = emd.init_state(args, teacher), emd.Evaluator(args, ACCELERATOR, teacher)
     folder = types.SimpleNamespace(writes=False)
