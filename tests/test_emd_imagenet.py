@@ -1028,9 +1028,10 @@ def test_inception_features_have_their_name(tmp_path):
 
     torch.jit.script(StandIn()).save(str(tmp_path / "inception.pt"))
     args = settings(features=str(tmp_path / "inception.pt"))
-    features, logits = emd.Features(args, None)(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    assert features.shape == (4, 8)
-    torch.testing.assert_close(logits.softmax(1), torch.full((4, 8), 1 / 8))
+    images = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    features, logits = emd.Features(args, None)(images)
+    torch.testing.assert_close(features, images.float().flatten(1)[:, :8] / 255)
+    torch.testing.assert_close(logits.softmax(1), features.softmax(1))
     with pytest.raises(emd.UserError, match=r"--features nowhere.pt cannot be loaded"):
         emd.Features(dataclasses.replace(args, features="nowhere.pt"), None)
 
@@ -1041,3 +1042,6 @@ def test_precision_and_recall_of_known_sets():
     assert emd.precision_recall(real, real + 100) == (0.0, 0.0)
     precision, recall = emd.precision_recall(real, 0.05 * normal(real))  # collapsed: good samples of little variety
     assert precision > 0.95 and recall < 0.1
+    real, fake = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[3.9], [4.1], [50], [50.1]])
+    assert emd.precision_recall(real, fake, k=1) == (0.25, 0.0)  # every real ball has radius 1
+    assert emd.precision_recall(real, fake, k=2) == (0.5, 1.0)  # those at the ends 2; those of the fakes, 46 and more
