@@ -243,6 +243,8 @@ def check_args(args: Args) -> None:
     for name in ("batch_size", "teacher_batch_size"):
         batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
         check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+    fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
+    check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
     low = args.num_classes * (4 if args.num_classes <= 10 else 2)
     check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
     if args.dry_run:
@@ -348,10 +350,13 @@ def load_images(args: Args) -> Images:
         digits = load_digits()
         return Images(digits.target, np.round(digits.images[:, None] * (255 / 16)).astype(np.uint8))
     folder = Path(args.data_dir or "/usr/share/datasets/fashion-mnist")
-    pixels = np.pad(read_idx(folder / "train-images-idx3-ubyte.gz"), ((0, 0), (2, 2), (2, 2)))
+    pixels, labels = (read_idx(folder / f"train-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+    fits = pixels.shape == (*labels.shape, 28, 28) and len(labels) > 0 and labels.max() < 10
+    require(args, "data_dir", fits, f"holds pixels {pixels.shape}, labels {labels.shape}, not 28x28 and ten classes")
+    pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     if args.image_size == 16:
         pixels = np.round(pixels.reshape(-1, 16, 2, 16, 2).mean((2, 4))).astype(np.uint8)
-    return Images(read_idx(folder / "train-labels-idx1-ubyte.gz").astype(int), pixels[:, None])
+    return Images(labels.astype(int), pixels[:, None])
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -1060,7 +1065,8 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     state = {"teacher": net, "average": average, "adam": adam}
     if saved:
         restore(run.folder, state, saved)
-    print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher")
+    if run.writes:
+        print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher", flush=True)
     done = max([first, *loop(args, run, acc, first, args.teacher_steps, 0, state, update)])
     if run.writes and done == args.teacher_steps:
         average.unet.save_pretrained(run.folder / "teacher.tmp")
@@ -1186,7 +1192,8 @@ def train(args: Args, acc: Accelerator) -> None:
     teacher, state, offset = load_everything(args, run, acc)
     if "generator" in saved:
         restore(run.folder, state, saved)
-    print(f"{run.folder}: {args.total_steps:,} updates of the generator")
+    if run.writes:
+        print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)

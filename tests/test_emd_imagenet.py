@@ -960,16 +960,19 @@ def test_fashion_mnist_files_are_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for name, values in (
         ("train-images-idx3-ubyte", pixels),
-        ("train-labels-idx1-ubyte", np.arange(20, dtype=np.uint8)),
+        ("train-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 10),
     ):
         header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes()))
     images = emd.load_images(settings(dataset="fashion", image_size=32, data_dir=str(tmp_path)))
     found, labels = images(torch.tensor([3, 19]))
     np.testing.assert_array_equal(found[:, 0, 2:30, 2:30].numpy(), pixels[[3, 19]])
-    assert labels.tolist() == [3, 19]
+    assert labels.tolist() == [3, 9]
     half, _ = emd.load_images(settings(dataset="fashion", image_size=16, data_dir=str(tmp_path)))(torch.tensor([3]))
     assert half.shape == (1, 1, 16, 16)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 1, 0])))
+    with pytest.raises(emd.UserError, match=r"--data-dir .* not 28x28"):
+        emd.load_images(settings(dataset="fashion", image_size=16, data_dir=str(tmp_path)))
     assert abs(half.float().mean() - found[0].float().mean()) < 0.5
 
 
@@ -986,6 +989,7 @@ BAD = [
     (["--preset", "smoke", "--unet-channels", 16, 16, 16, 16, 16], "--unet-channels"),
     (["--preset", "smoke", "--micro-batch-size", 3], "--micro-batch-size 3"),
     (["--preset", "smoke", "--eval-samples", 5], "--eval-samples 5"),
+    (["--preset", "smoke", "--save-every", 3], "--save-every 3"),
     (["--preset", "smoke", "--lambda-star", 50], "--lambda-star 50"),
     (["--preset", "smoke", "--data-dir", "x"], "--data-dir x"),
     (["--preset", "smoke", "--distributed"], "--distributed"),
@@ -1016,7 +1020,7 @@ def test_a_foreign_checkpoint_and_a_diverged_loss_are_one_sentence(copied, tmp_p
         path.write_bytes(b"something else")
     code, error = run_main(capsys, "--resume", copied)
     assert code == 2 and f"{copied}: none of its checkpoints can be read" in error
-    code, error = run_main(capsys, *SMALL, "--teacher-lr", 1e30, "--runs-dir", tmp_path / "new")
+    code, error = run_main(capsys, *SMALL, "--teacher-lr", 1e30, "--log-every", 1, "--runs-dir", tmp_path / "new")
     assert code == 2 and "training has diverged" in error
 
 
