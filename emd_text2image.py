@@ -407,6 +407,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 # --- Networks ---
+def last_timestep(scheduler: Any) -> int:
+    """The noisiest timestep that holds some signal: a schedule rescaled to zero SNR ends in pure noise."""
+    return int((scheduler.alphas_cumprod > 1e-6).sum()) - 1
+
+
 class Denoiser(nn.Module):
     """D(y; t, c) = c_skip y + c_out F(c_in y, t, c) of a UNet F that predicts eps or v ([EMD] in VP form). The levels
     s_t are read from the scheduler's alphas. y Float[B, C, H, W], t Int[B], text Float[B, L, D].
@@ -418,6 +423,7 @@ class Denoiser(nn.Module):
         self.v = scheduler.config.prediction_type == "v_prediction"
         alphas = scheduler.alphas_cumprod.double().cpu()
         self.register_buffer("levels", ((1 - alphas) / alphas).sqrt(), persistent=False)  # s_t, Float[T]
+        self.last = last_timestep(scheduler)
 
     def sigma(self, t: Tensor) -> Tensor:
         """s_t as Float[B, 1, 1, 1]."""
@@ -468,11 +474,27 @@ def make_unet(args: Args) -> UNet:
     )
 
 
+def make_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding in which each word of the grammar is one token; others are spelled, non-ASCII is unknown.
+    The library's own trainer numbers tokens in an order that changes from call to call.
+    """
+    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(" ".join(grammar()).split()))]
+    letters, merges = [chr(code) for code in range(33, 127)], []
+    while pairs := Counter(pair for parts in words for pair in itertools.pairwise(parts)):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for parts in words:
+            for i in range(len(parts) - 1, 0, -1):
+                if tuple(parts[i - 1 : i + 1]) == merges[-1]:
+                    parts[i - 1 : i + 1] = ["".join(merges[-1])]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=16)
+
+
 def make_pipeline(args: Args) -> StableDiffusionPipeline:
     """An untrained pipeline for the shapes grammar, drawn from --seed, with Stable Diffusion's noise schedule."""
     torch.manual_seed(args.seed)
-    tokenizer = CLIPTokenizer().train_new_from_iterator(list(grammar()), 400, show_progress=False)
-    tokenizer.model_max_length = 16
+    tokenizer = make_tokenizer()
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.text_width,
@@ -523,9 +545,9 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
         raise UserError(f"--{flag} {name} cannot be loaded ({problem}); {way_out}.") from error
-    cells, last = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2), None
+    cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
     require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
-    last = int((pipe.scheduler.alphas_cumprod > 1e-6).sum()) - 1  # a rescaled schedule ends in pure noise
+    last = last_timestep(pipe.scheduler)
     for time_flag in ("t_max", "t_star"):
         require(args, time_flag, getattr(args, time_flag) <= last, f"is beyond the teacher's last timestep {last}")
     pipe.set_progress_bar_config(disable=True)
@@ -661,11 +683,10 @@ def denoising_loss(net: Denoiser, x: Tensor, t: Tensor, eps: Tensor, text: Tenso
     return (net.raw(y, t, text) - (x - c_skip * y) / c_out).pow(2).flatten(1).sum(1).mean()
 
 
-def ddim(denoise: Callable, z: Tensor, levels: Tensor, steps: int) -> Tensor:
+def ddim(denoise: Callable, z: Tensor, levels: Tensor, last: int, steps: int) -> Tensor:
     """[DDIM], deterministic, which in y is Euler's method: denoise(y, t) `steps` times, from z ~ N(0, I) to a latent.
-    levels Float[T]: s_t.
+    levels Float[T]: s_t, of which `last` is the first one visited.
     """
-    last = int(levels.isfinite().sum()) - 1
     times = torch.linspace(last, 0, steps + 1).round().long().tolist()[:-1]
     y = z * float((1 + levels[times[0]] ** 2).sqrt())  # x_T = z
     for here, there in zip(times, [*times[1:], None], strict=True):
@@ -1177,7 +1198,7 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
             latent = scale() * vae.encode(x).latent_dist.mean
         keep = noise.integers(10, count).tolist()  # a tenth learns the empty caption, for guidance
         features = encode(pipe, [text if kept else "" for text, kept in zip(texts, keep, strict=True)])
-        t = noise.timesteps(0, len(denoiser.levels) - 1, count)
+        t = noise.timesteps(0, denoiser.last, count)
         return denoising_loss(denoiser, latent, t, noise.normal_like(latent), features)
 
     def update(done: int, means: Means) -> None:
@@ -1219,7 +1240,7 @@ def teacher_samples(args: Args, setup: Setup, z: Tensor, text: Tensor) -> Tensor
     def guided(y: Tensor, t: Tensor) -> Tensor:
         return setup.teacher(y, t, text, args.guidance, setup.captions.empty)
 
-    return ddim(guided, z, setup.teacher.levels, args.ddim_steps)
+    return ddim(guided, z, setup.teacher.levels, setup.teacher.last, args.ddim_steps)
 
 
 def players(args: Args, setup: Setup, generator: Denoiser, score: Denoiser, text: Tensor, t: Tensor):
@@ -1253,7 +1274,7 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
         text, z = draw_inputs(noise, count)
         with torch.no_grad():
             x = generate(generator, z, text, args.t_star)
-        t = noise.timesteps(0, len(setup.teacher.levels) - 1, count)
+        t = noise.timesteps(0, setup.teacher.last, count)
         return denoising_loss(state["score"], x, t, noise.normal_like(x), text)
 
     for turn in range(args.score_updates):
@@ -1300,9 +1321,8 @@ def write_media(args: Args, run: Run, step: int, setup: Setup, state: dict, acc:
     run.media(step, "samples", tile(images, 8), scale=max(1, 128 // args.image_size))
 
 
-def load_everything(args: Args, run: Run, acc: Accelerator) -> tuple[Setup, dict[str, Any], int]:
+def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str]) -> tuple[Setup, dict[str, Any], int]:
     """The frozen parts, the student's state as it starts, and how many updates the teacher took in this run."""
-    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())
     pipe = load_pipeline(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
     for part in (pipe.vae.to(acc.device), pipe.text_encoder, pipe.unet):
         part.eval().requires_grad_(False)
@@ -1318,15 +1338,14 @@ def load_everything(args: Args, run: Run, acc: Accelerator) -> tuple[Setup, dict
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
-    if args.prompts:  # before anything is downloaded
-        read_prompts(args, "prompts")
+    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())  # before anything is downloaded
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     if args.train_teacher and not (run.folder / "teacher").exists():
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
-    setup, state, offset = load_everything(args, run, acc)
+    setup, state, offset = load_everything(args, run, acc, texts)
     # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
     needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
     free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
@@ -1358,7 +1377,8 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         return print(f"{run.folder / 'media' / f'generated_{args.seed}.png'}")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
-    setup, state, offset = load_everything(args, run, acc)
+    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())
+    setup, state, offset = load_everything(args, run, acc, texts)
     restore(run.folder, state, saved)
     if run.writes:
         write_media(args, run, step, setup, state, acc)
