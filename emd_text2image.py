@@ -548,7 +548,7 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
     cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
     require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
     last = last_timestep(pipe.scheduler)
-    for time_flag in ("t_max", "t_star"):
+    for time_flag in ("t_max", "t_star") if flag == "teacher" else ():
         require(args, time_flag, getattr(args, time_flag) <= last, f"is beyond the teacher's last timestep {last}")
     pipe.set_progress_bar_config(disable=True)
     return pipe
