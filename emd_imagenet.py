@@ -359,12 +359,16 @@ def load_images(args: Args) -> Images:
     return Images(labels.astype(int), pixels[:, None])
 
 
+# --- shared block: pixels ---
 def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# --- end shared block: pixels ---
 
 
 # --- Networks ---
@@ -568,6 +572,7 @@ def denoiser_difference(
         return precondition(sigma, teacher.vp)[1] * difference
 
 
+# --- shared block: estimator ---
 @dataclass
 class Chain:
     """Where the E-step ended. Offsets count from `x`."""
@@ -653,6 +658,9 @@ def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args)
     return loss, r
 
 
+# --- end shared block: estimator ---
+
+
 def denoising_loss(
     net: Denoiser, x: Tensor, sigma: Tensor, eps: Tensor, labels: Tensor, mask_seed: int | None
 ) -> Tensor:
@@ -678,6 +686,7 @@ def heun(denoise: Callable, z: Tensor, steps: int, low: float = 0.002, high: flo
     return y
 
 
+# --- shared block: average and noise ---
 def ema_decay(step: int, args: Args) -> float:
     """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
     if not args.ema or not args.ema_ramp:
@@ -707,6 +716,8 @@ class Noise:
 
     def integers(self, high: int, count: int) -> Tensor:
         return torch.randint(high, (count,), generator=self.generator, device=self.device)
+
+    # --- end shared block: average and noise ---
 
     def sigma(self, count: int, args: Args) -> Tensor:
         return (args.sigma_mean + args.sigma_std * self.normal(count, 1, 1, 1)).exp()
@@ -780,6 +791,7 @@ class Run:
 # --- end shared block: run folder ---
 
 
+# --- shared block: checkpoints ---
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """The state_dict of everything that moves; the last two are kept. Raises UserError."""
     path = folder / "checkpoints" / f"{step:09d}.pt"
@@ -844,6 +856,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
+# --- end shared block: checkpoints ---
+
+
 # --- Evaluation ---
 class Features(nn.Module):
     """UInt8[B, C, H, W] -> features Float[B, D] and logits, from the TensorFlow Inception or from a small CNN that is
@@ -880,6 +895,7 @@ class Features(nn.Module):
         return features, self.head(features)
 
 
+# --- shared block: comparison ---
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
     Features Float[N, D].
@@ -904,6 +920,9 @@ def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
         metric.update(fake, real=False)
     precision, recall = precision_recall(real, fake)
     return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
+
+
+# --- end shared block: comparison ---
 
 
 class Evaluator:
@@ -976,6 +995,7 @@ class Evaluator:
 
 
 # --- Training ---
+# --- shared block: updates ---
 def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
     """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
     size, processes = min(args.micro_batch_size, total), acc.num_processes
@@ -1000,6 +1020,9 @@ def optimizer_step(acc: Accelerator, optimizer: torch.optim.Optimizer, lr: float
     return norm
 
 
+# --- end shared block: updates ---
+
+
 def denoising_update(
     args: Args, net: Denoiser, optimizer: Any, lr: float, batch: Callable, total: int, key: tuple, means: Means
 ) -> None:
@@ -1015,6 +1038,7 @@ def denoising_update(
     means.add("losses/denoising_grad_norm", optimizer_step(means.acc, optimizer, lr))
 
 
+# --- shared block: stage ---
 def loop(
     args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
 ) -> Iterator[int]:
@@ -1044,6 +1068,9 @@ def loop(
             print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
         yield done
+
+
+# --- end shared block: stage ---
 
 
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
@@ -1235,6 +1262,7 @@ def dry_run(args: Args) -> None:
     print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
 
 
+# --- shared block: main ---
 def main() -> None:
     try:
         args = parse_args()
@@ -1250,6 +1278,9 @@ def main() -> None:
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# --- end shared block: main ---
 
 
 if __name__ == "__main__":

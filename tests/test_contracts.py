@@ -16,14 +16,16 @@ import pytest
 from conftest import ROOT, SCRIPT, metrics_of
 
 import emd_imagenet as emd
+import emd_text2image as t2i
 import twm_dyna_craftax as twm
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODULES = pytest.mark.parametrize("module", [twm, emd], ids=lambda module: module.__name__)
+MODULES = pytest.mark.parametrize("module", [twm, emd, t2i], ids=lambda module: module.__name__)
 
 # Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
 CRAFTAX = {"twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"}
-ALL = CRAFTAX | {"emd_imagenet.py"}
+EMD = {"emd_imagenet.py", "emd_text2image.py"}
+ALL = CRAFTAX | EMD
 EXPECTED_BLOCKS = {
     "common flags": ALL,
     "policy flags": CRAFTAX,
@@ -31,6 +33,14 @@ EXPECTED_BLOCKS = {
     "craftax agent": CRAFTAX,
     "run folder": ALL,
     "craftax run": CRAFTAX,
+    "pixels": EMD,
+    "estimator": EMD,
+    "average and noise": EMD,
+    "checkpoints": EMD,
+    "comparison": EMD,
+    "updates": EMD,
+    "stage": EMD,
+    "main": EMD,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
 
@@ -154,6 +164,7 @@ def test_logged_keys_are_the_documented_keys(smoke_run):
 JAX_IDLE = "from jax._src import xla_bridge\nassert not xla_bridge._backends"
 TORCH_IDLE = "import torch\nassert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
 NOT_IMPORTED = {twm: ["wandb", "craftax", "torch", "matplotlib"], emd: ["wandb", "sklearn", "jax"]}
+NOT_IMPORTED[t2i] = ["wandb", "jax", "torchvision"]
 
 
 @MODULES
@@ -162,7 +173,7 @@ def test_importing_opens_no_device_and_imports_neither_environment_nor_tracker(m
 import sys
 sys.argv = ["x", "--nonsense"]
 import {module.__name__}
-{TORCH_IDLE if module is emd else JAX_IDLE}
+{JAX_IDLE if module is twm else TORCH_IDLE}
 for name in {NOT_IMPORTED[module]}:
     assert name not in sys.modules, name + " was imported"
 """

@@ -1,0 +1,1469 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.23,<6", "accelerate>=1.15,<2", "torchmetrics>=1.9,<2",
+#   "safetensors>=0.8,<1", "numpy>=2.0,<3", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
+#   "imageio-ffmpeg>=0.6,<1", "wandb>=0.25,<1",
+# ]
+# ///
+"""EM Distillation of a text-to-image latent diffusion pipeline into a generator of one network evaluation.
+Papers: [EMD] arXiv:2405.16852, [LDM] arXiv:2112.10752, [CFG] arXiv:2207.12598, [DDIM] arXiv:2010.02502,
+[PR] precision and recall arXiv:1904.06991. Details, deviations, results: docs/emd_text2image.md
+
+    python emd_text2image.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt   # the paper's
+    python emd_text2image.py --preset single-gpu --teacher FOLDER --prompts prompts.txt   # the same in 24 GB
+    python emd_text2image.py --preset cpu                   # drawn shapes: trains a small pipeline, then distils it
+    python emd_text2image.py --preset smoke                 # touches everything, learns nothing
+    python emd_text2image.py --resume runs/RUN_FOLDER       # goes on where that run stopped
+    python emd_text2image.py --eval-only runs/RUN_FOLDER --generate "a red square"   # pictures from its pipeline/
+    accelerate launch emd_text2image.py --teacher FOLDER ...   # several processes; --batch-size stays the global one
+
+No images are needed to distil, only the teacher and captions. Every update: 1 the student score network learns the
+generator's own latents, 2 E-step: K Langevin steps on the pair of noise and latent noise towards the guided teacher,
+3 M-step: the generator is regressed on where the chain went.
+Symbols, all in "EDM space" y = x_t / alpha_t: z ~ N(0, I), x = g(z, c) generated VAE latent for the caption c, eps
+noise, s = sigma_t / alpha_t noise level of timestep t, y = x + s eps, D_q and D_phi denoisers of teacher and student,
+Delta = D_q - D_phi. Axes: B images of a micro-batch, C H W of the VAE's latent, L D tokens and width of text features.
+"""
+
+import argparse
+import copy
+import dataclasses
+import errno
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+# --- Settings ---
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- shared block: common flags ---
+    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
+    resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
+    eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
+    dry_run: bool = False  # print settings, parameter counts, the plan and its estimated cost, then stop
+    track: bool = False  # log to Weights & Biases as well
+    wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
+    wandb_project: str = "one-file-papers"  # Weights & Biases project
+    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    distributed: bool = False  # join the other processes of a multi-process job first
+    # --- end shared block: common flags ---
+
+    total_steps: int = 5000  # generator updates of the whole run (0: only train the teacher)
+
+    teacher: str = ""  # diffusers Stable Diffusion folder or hub id, eps- or v-prediction (empty: train one)
+    prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: the shapes grammar)
+    image_size: int = 512  # height and width of a picture
+    guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
+    text_cache_gb: float = 8.0  # captions are encoded once if their features fit into so much memory, else when drawn
+    train_teacher: bool = False  # train a pipeline on drawn shapes first, kept in the run folder as teacher/
+    vae_steps: int = 20_000  # updates of its autoencoder
+    teacher_steps: int = 200_000  # updates of its UNet and text encoder, after that
+    teacher_batch_size: int = 256  # pictures per such update, all processes together
+    teacher_lr: float = 1e-4  # Adam step size of both, after a linear warmup over the first tenth
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # what a UNet made here predicts
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the levels of a UNet made here, all but the last
+    unet_layers: int = 2  # ... with cross-attention; residual blocks per level
+    text_width: int = 768  # of a text encoder made here
+    text_layers: int = 12  # of a text encoder made here
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)  # of the levels of an autoencoder made here
+
+    k: int = 8  # Langevin steps of the E-step (K)
+    corrector: Literal["eps-z", "x-z", "eps", "x"] = "eps-z"  # what they move (eps: z stays; x: the same as eps)
+    gamma_eps: float = 0.09  # Langevin step size of eps (0.3 squared); of x it is this times s squared
+    gamma_z: float = 2.5e-5  # Langevin step size of z (0.005 squared)
+    langevin: Literal["euler", "ou"] = "euler"  # noise sqrt(2 gamma), or the one that keeps unit variance exactly
+    cancel: Literal["full", "last", "none", "exact"] = "full"  # which of the chain's noise the regression target loses
+    weight: Literal["s2", "nll"] = "s2"  # of a noise level: sigma^2/alpha^2, as in the paper, or 1 (plain likelihood)
+    z_clip: float = 0.1  # largest root-mean-square of one step's drift of z: guards against 1/s^2 at low noise
+    t_min: int = 20  # lowest timestep of the E-step
+    t_max: int = 979  # highest timestep of the E-step; between the two they are equally likely
+    t_star: int = 500  # timestep at which the teacher is the first generator: x = D(s* z, t*)
+    score_updates: int = 1  # updates of the student score network per generator update
+    generator_lr: float = 2e-6  # Adam step size of the generator
+    score_lr: float = 1e-5  # Adam step size of the student score network
+    beta1: float = 0.0  # of Adam, for generator and score network; at 0 no first moment is stored
+    beta2: float = 0.99  # of Adam, for generator and score network
+    max_grad_norm: float = 0.0  # generator gradients are clipped to this global norm (0: never)
+    ema: float = 0.999  # decay per update of the averaged generator and of the averaged teacher
+    ema_ramp: float = 0.05  # the average's half-life is at most this share of the updates so far (0: no ramp)
+    batch_size: int = 1024  # pictures per update, all processes and micro-batches together
+    micro_batch_size: int = 8  # pictures of one chain; gradients of the micro-batches are accumulated
+    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+
+    ddim_steps: int = 25  # steps of the teacher's sampler
+    eval_prompts: str = ""  # captions of evaluations, a file as for --prompts (empty: those)
+    reference: str = ""  # folder of real pictures to compare with (empty: drawn shapes, or only the teacher)
+    features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: mean colours of 4x4 regions)
+    clip: str = ""  # folder of a CLIPModel, for a CLIP score (empty: none)
+    eval_samples: int = 0  # pictures of an evaluation (0: none)
+    eval_per_prompt: int = 4  # of which so many share a caption; their distances are the diversity
+    eval_batch_size: int = 16  # pictures generated at once in an evaluation
+    eval_every: int = 0  # generator updates between evaluations (0: only after the last)
+    generate: str = ""  # with --eval-only: eight pictures of this caption from the run's pipeline/, then stop
+    log_every: int = 10  # updates that one line of metrics.jsonl is the mean of
+    save_every: int = 250  # updates between checkpoints (the last update always saves)
+    media_every: int = 250  # generator updates between pictures (0: none)
+
+    @property
+    def moves_z(self) -> bool:
+        return self.corrector.endswith("z") and self.gamma_z > 0
+
+
+# fmt: off
+PRESETS = {
+    "paper": Args(),
+    "single-gpu": Args(
+        preset="single-gpu", dtype="bf16", k=4, batch_size=64, micro_batch_size=2, score_updates=2, max_grad_norm=10.0,
+        checkpointing=True,
+    ),
+    "cpu": Args(
+        preset="cpu", total_steps=2000, train_teacher=True, vae_steps=2000, teacher_steps=6000, teacher_batch_size=32,
+        teacher_lr=1e-3, image_size=32, unet_channels=(48, 96), unet_layers=1, text_width=64, text_layers=2,
+        vae_channels=(16, 32, 32), generator_lr=5e-5, score_lr=2.5e-4, ema=0.998, batch_size=16, micro_batch_size=32,
+        eval_samples=512, eval_batch_size=64, log_every=20, save_every=500, media_every=500,
+    ),
+    "smoke": Args(
+        preset="smoke", total_steps=4, train_teacher=True, vae_steps=3, teacher_steps=5, teacher_batch_size=4,
+        teacher_lr=1e-3, image_size=32, unet_channels=(16, 32), unet_layers=1, text_width=32, text_layers=1,
+        vae_channels=(8, 8, 16), k=2, generator_lr=1e-4, score_lr=5e-4, ema=0.9, batch_size=4, micro_batch_size=2,
+        ddim_steps=3, eval_samples=16, eval_batch_size=8, log_every=2, save_every=2, media_every=2,
+    ),
+}
+# fmt: on
+
+
+# --- shared block: command line ---
+class UserError(Exception):
+    """Something the user can put right: main() prints it as one sentence and exits with code 2."""
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults are the settings of the run that --resume or --eval-only names, else of --preset; flags given beside
+    them win. So --help shows the values of the preset named beside it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (["--preset"], ["--resume"], ["--eval-only", "--eval_only"]):
+        first.add_argument(*flags, default="")
+    known = first.parse_known_args(argv)[0]
+    if known.resume and known.eval_only:
+        raise UserError("--resume and --eval-only exclude each other: give one of them.")
+    if (known.preset or "paper") not in PRESETS:
+        raise UserError(f"--preset {known.preset} does not exist: choose one of {', '.join(PRESETS)}.")
+    default = PRESETS[known.preset or "paper"]
+    if folder := known.resume or known.eval_only:
+        try:
+            saved = json.loads((Path(folder) / "args.json").read_text())
+            saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            for name, value in saved.items():
+                if type(value) is not type(getattr(default, name, None)):
+                    raise ValueError(f"{name} is {value!r}")
+            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
+            flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
+            raise UserError(f"{flag} {folder}: {reason}; {way_out}.") from error
+    return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+def require(args: Args, name: str, holds: bool, reason: str) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} {reason}.")
+
+
+# --- end shared block: command line ---
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work, before anything is read or computed. Raises UserError."""
+    check = functools.partial(require, args)
+    may_be_0 = {"seed", "total_steps", "vae_steps", "t_min", "t_star", "eval_samples", "eval_every", "media_every"}
+    above_0 = {"gamma_eps", "z_clip", "guidance"}
+    high = dict.fromkeys(("gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1) | {"seed": 2**32}
+    for name, value in dataclasses.asdict(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float):
+                low = int(type(number) is int and name not in may_be_0)
+                fits = low <= number < high.get(name, math.inf) and (number > 0 or name not in above_0)
+                word = "above" if name in above_0 else "from"
+                check(name, fits, f"is out of range: give numbers {word} {low} to below {high.get(name, math.inf)}")
+    check("t_max", args.t_min <= args.t_max, f"is below --t-min {args.t_min}: leave a range between them")
+    for name in ("unet_channels", "vae_channels"):
+        fits = getattr(args, name) and all(width % 8 == 0 for width in getattr(args, name))
+        check(name, fits, "do not split into groups: give multiples of 8")
+    check("unet_channels", len(args.unet_channels) > 1, "leave no level with cross-attention: give two or more")
+    cells = 2 ** (len(args.vae_channels) + len(args.unet_channels) - 2)
+    fits = not args.train_teacher or (args.image_size % 32 == 0 and args.image_size % cells == 0)
+    check("image_size", fits, f"cannot be drawn and halved by each level: give multiples of {math.lcm(32, cells)}")
+    check("text_width", args.text_width % 32 == 0, "does not split into heads of 32: give a multiple")
+    for name in ("batch_size", "teacher_batch_size"):
+        batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
+        check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+    samples, each = args.eval_samples, args.eval_per_prompt
+    check("eval_samples", samples % each == 0, f"is no multiple of --eval-per-prompt {each}")
+    check("eval_samples", samples == 0 or samples >= 8, "are too few to compare: give 8 or more, or 0")
+    check("generate", not args.generate or args.eval_only, "needs a run: name it with --eval-only")
+    if args.dry_run:
+        return
+    one = bool(args.teacher) != args.train_teacher
+    check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_text2image.md")
+    check("prompts", not (args.teacher and not args.prompts), "is empty: a --teacher needs captions, name their file")
+    check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+
+
+# --- Captions ---
+def read_prompts(args: Args, flag: str) -> list[str]:
+    """The captions of the file or folder that --prompts or --eval-prompts names: lines of .txt, "caption", "prompt" or
+    "text" of .jsonl, or the .txt members of a webdataset .tar. Prints what was left out. Raises UserError.
+    """
+    path, lines, left_out = Path(getattr(args, flag)), [], Counter()
+    try:
+        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".tar")) if path.is_dir() else [path]
+        for file in files:
+            if file.suffix == ".tar":
+                with tarfile.open(file) as shard:
+                    texts = [member for member in shard if member.isfile() and member.name.endswith(".txt")]
+                    lines += [(shard.extractfile(member).read(), False) for member in texts]
+            else:
+                lines += [(line, file.suffix == ".jsonl") for line in file.read_bytes().splitlines()]
+    except (OSError, tarfile.TarError) as error:
+        problem = f"cannot be read ({error}): name a .txt, .jsonl or .tar file, or a folder of them"
+        raise UserError(f"--{flag.replace('_', '-')} {path} {problem}.") from error
+    captions: dict[str, None] = {}
+    for raw, is_json in lines:
+        try:
+            text = raw.decode("utf-8-sig")
+            if is_json and text.strip():
+                entry = json.loads(text)
+                text = next(entry[key] for key in ("caption", "prompt", "text") if isinstance(entry.get(key), str))
+        except (UnicodeDecodeError, json.JSONDecodeError, StopIteration, AttributeError) as error:
+            left_out["not UTF-8" if isinstance(error, UnicodeDecodeError) else "without a caption"] += 1
+            continue
+        text = " ".join(text.split())
+        left_out["empty"] += not text
+        left_out["duplicate"] += text in captions
+        captions |= {text: None} if text else {}
+    report = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+    print(f"{path}: {len(captions):,} captions; left out: {report or 'none'}", flush=True)
+    require(args, flag, bool(captions), "holds no caption: give one a line")
+    return list(captions)
+
+
+class Captions:
+    """Captions and their text features Float[B, L, D]: encoded once, all of them, if they fit into --text-cache-gb."""
+
+    @torch.no_grad()
+    def __init__(self, args: Args, pipe: StableDiffusionPipeline, texts: list[str], device: torch.device):
+        self.texts, self.device, self.cache = texts, device, None
+        self.encode = functools.partial(encode, pipe)
+        pipe.text_encoder.to(device)
+        self.empty, most = self.encode([""]), pipe.tokenizer.model_max_length
+        long = sum(len(ids) > most for ids in pipe.tokenizer(texts).input_ids)
+        if long:
+            print(f"{long:,} captions are longer than {most} tokens and are cut off there", flush=True)
+        if self.empty.nbytes * len(texts) <= args.text_cache_gb * 1e9:
+            self.cache = torch.cat([self.encode(texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
+            pipe.text_encoder.to("cpu")  # its memory is the UNets'
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Features of the captions Int[B]."""
+        if self.cache is not None:
+            return self.cache[indices.cpu()].to(self.device)
+        return self.encode([self.texts[i] for i in indices.tolist()])
+
+
+def encode(pipe: StableDiffusionPipeline, texts: list[str]) -> Tensor:
+    """Text features as the pipeline makes them: padded, and cut off at the tokenizer's length. Float[B, L, D]."""
+    return pipe.encode_prompt(texts, pipe.text_encoder.device, 1, False)[0]
+
+
+# --- Shapes: captions from a grammar, pictures of them, and what a picture shows ---
+COUNTS, SIZES, SHAPES = ("one", "two", "three"), {"small": 5, "large": 8}, ("circle", "square", "triangle")
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 230), "yellow": (240, 220, 20)}
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128)}
+PLACES = {"on the left": (-8, 0), "on the right": (8, 0), "at the top": (0, -8), "at the bottom": (0, 8)}
+PLACES |= {"in the middle": (0, 0)}  # centre of the group on a canvas of 32 x 32, from its middle
+ATTRIBUTES = ("count", "size", "colour", "shape", "position", "background")
+
+
+@functools.cache
+def grammar() -> dict[str, tuple[str, ...]]:
+    """All 1,080 captions and the words of ATTRIBUTES that each asks for."""
+    words = itertools.product(COUNTS, SIZES, COLOURS, SHAPES, PLACES, BACKGROUNDS)
+    return {f"{w[0]} {w[1]} {w[2]} {w[3]}{'s' * (w[0] != 'one')} {w[4]} on a {w[5]} background": w for w in words}
+
+
+def draw(caption: str, size: int, seed: int) -> np.ndarray:
+    """One picture UInt8[size, size, 3] of a caption of the grammar; `seed` moves the group by up to a pixel of 32."""
+    count, kind, colour, shape, place, background = grammar()[caption]
+    unit, n, jitter = size // 32, SIZES[kind], np.random.default_rng(seed).integers(-1, 2, 2)
+    image = Image.new("RGB", (size, size), BACKGROUNDS[background])
+    for i in range(how_many := COUNTS.index(count) + 1):
+        along = 10 * i - 5 * (how_many - 1)  # a column on the left and right, else a row
+        offset = (0, along) if place.endswith(("left", "right")) else (along, 0)
+        x, y = (int(16 + PLACES[place][a] + offset[a] + jitter[a] - n // 2) * unit for a in (0, 1))
+        far = unit * n - 1
+        if shape == "triangle":
+            corners = [(x, y + far), (x + far, y + far), (x + far / 2, y)]
+            ImageDraw.Draw(image).polygon(corners, fill=COLOURS[colour])
+        else:
+            kind_of = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
+            kind_of((x, y, x + far, y + far), fill=COLOURS[colour])
+    return np.asarray(image)
+
+
+def measure(pixels: Tensor) -> list[tuple[str, ...]]:
+    """The words of ATTRIBUTES that pictures UInt8[B, 3, H, W] show, by their pixels: nearest palette colour, connected
+    groups, their bounding boxes and how much of those they fill. "none" where nothing is seen.
+    """
+    palette = torch.tensor([*BACKGROUNDS.values(), *COLOURS.values()]).float()
+    b, _, h, w = pixels.shape
+    nearest = torch.cdist(pixels.permute(0, 2, 3, 1).reshape(b, -1, 3).float(), palette).argmin(2).view(b, h, w)
+    mask, unit = nearest >= len(BACKGROUNDS), h / 32
+    groups = torch.arange(1, h * w + 1).view(1, h, w) * mask  # every pixel's number, then the largest it is joined to
+    while True:
+        wide = torch.nn.functional.pad(groups, (1, 1, 1, 1))
+        around = [wide[:, 1:-1, :-2], wide[:, 1:-1, 2:], wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], groups]
+        grown = torch.stack(around).amax(0) * mask
+        if torch.equal(grown, groups):
+            break
+        groups = grown
+    return [describe(near.numpy(), group.numpy(), unit) for near, group in zip(nearest, groups, strict=True)]
+
+
+def describe(nearest: np.ndarray, groups: np.ndarray, unit: float) -> tuple[str, ...]:
+    """One picture's words: Int[H, W] palette colour and connected group (0: background) of each pixel."""
+    edge = np.concatenate([nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]])
+    behind = np.bincount(edge, minlength=len(BACKGROUNDS))[: len(BACKGROUNDS)]
+    background = list(BACKGROUNDS)[behind.argmax()] if behind.any() else "none"
+    boxes, fills, members = [], [], np.zeros(groups.shape, bool)
+    for group in np.unique(groups[groups > 0]):
+        rows, columns = np.nonzero(groups == group)
+        if len(rows) >= 4 * unit**2:  # less is a speck
+            box = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+            boxes.append(box)
+            fills.append(len(rows) / ((box[1] - box[0]) * (box[3] - box[2])))
+            members |= groups == group
+    if not boxes:
+        return (*["none"] * 5, background)
+    box, fill = np.array(boxes), np.mean(fills)
+    side = np.mean(np.maximum(box[:, 1] - box[:, 0], box[:, 3] - box[:, 2])) / unit
+    colour = list(COLOURS)[np.bincount(nearest[members]).argmax() - len(BACKGROUNDS)]
+    y, x = ((box[:, i].min() + box[:, i + 1].max()) / 2 / unit - 16 for i in (0, 2))
+    place = min(PLACES, key=lambda name: (PLACES[name][0] - x) ** 2 + (PLACES[name][1] - y) ** 2)
+    shape = SHAPES[2] if fill < 0.7 else SHAPES[0] if fill < 0.93 else SHAPES[1]
+    count = COUNTS[len(boxes) - 1] if len(boxes) <= len(COUNTS) else "none"
+    return count, "small" if side < 6.5 else "large", colour, shape, place, background
+
+
+# --- shared block: pixels ---
+def to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# --- end shared block: pixels ---
+
+
+# --- Networks ---
+def last_timestep(scheduler: Any) -> int:
+    """The noisiest timestep that holds some signal: a schedule rescaled to zero SNR ends in pure noise."""
+    return int((scheduler.alphas_cumprod > 1e-6).sum()) - 1
+
+
+class Denoiser(nn.Module):
+    """D(y; t, c) = c_skip y + c_out F(c_in y, t, c) of a UNet F that predicts eps or v ([EMD] in VP form). The levels
+    s_t are read from the scheduler's alphas. y Float[B, C, H, W], t Int[B], text Float[B, L, D].
+    """
+
+    def __init__(self, args: Args, unet: UNet, scheduler: Any):
+        super().__init__()
+        self.unet, self.bf16 = unet, args.dtype == "bf16"
+        self.v = scheduler.config.prediction_type == "v_prediction"
+        alphas = scheduler.alphas_cumprod.double().cpu()
+        self.register_buffer("levels", ((1 - alphas) / alphas).sqrt(), persistent=False)  # s_t, Float[T]
+        self.last = last_timestep(scheduler)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """s_t as Float[B, 1, 1, 1]."""
+        return self.levels[t].float().view(-1, 1, 1, 1)
+
+    def precondition(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in = alpha. eps = F: D = y - s F. v = F: D = alpha x_t - sigma F with x_t = alpha y."""
+        s = self.sigma(t)
+        alpha = (1 + s**2).rsqrt()
+        return (alpha**2, -s * alpha, alpha) if self.v else (torch.ones_like(s), -s, alpha)
+
+    def raw(self, y: Tensor, t: Tensor, text: Tensor, guidance: float = 1.0, empty: Tensor | None = None) -> Tensor:
+        """F in fp32. With guidance w other than 1, F_u + w (F_c - F_u) ([CFG]) from one doubled batch, where u has the
+        features `empty` Float[1, L, D] of the empty caption. D is linear in F, so this guides D alike.
+        """
+        x_t, count = self.precondition(t)[2] * y, len(y)
+        if guidance != 1:
+            x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty.expand_as(text), text])
+        # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            out = self.unet(x_t, t, text, return_dict=False)[0]
+        out = out.to(y.dtype)
+        return out if guidance == 1 else out[:count] + guidance * (out[count:] - out[:count])
+
+    def forward(self, y: Tensor, t: Tensor, text: Tensor, guidance: float = 1.0, empty: Tensor | None = None) -> Tensor:
+        c_skip, c_out, _ = self.precondition(t)
+        return c_skip * y + c_out * self.raw(y, t, text, guidance, empty)
+
+    def store_bf16(self) -> None:
+        """Keep the weights as autocast would round them, in half the memory: no value that is computed changes."""
+        for part in self.modules():
+            if self.bf16 and isinstance(part, (nn.Conv2d, nn.Linear)):
+                part.to(torch.bfloat16)
+
+
+def make_unet(args: Args) -> UNet:
+    """An untrained UNet of Stable Diffusion 1's layout, which the default sizes are."""
+    levels = len(args.unet_channels)
+    return UNet(
+        sample_size=args.image_size // 2 ** (len(args.vae_channels) - 1),
+        block_out_channels=args.unet_channels,
+        layers_per_block=args.unet_layers,
+        down_block_types=["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
+        cross_attention_dim=args.text_width,
+        attention_head_dim=min(8, args.unet_channels[0] // 16),  # diffusers' name for the number of heads
+        norm_num_groups=math.gcd(32, *args.unet_channels),
+    )
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding in which each word of the grammar is one token; others are spelled, non-ASCII is unknown.
+    The library's own trainer numbers tokens in an order that changes from call to call.
+    """
+    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(" ".join(grammar()).split()))]
+    letters, merges = [chr(code) for code in range(33, 127)], []
+    while pairs := Counter(pair for parts in words for pair in itertools.pairwise(parts)):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for parts in words:
+            for i in range(len(parts) - 1, 0, -1):
+                if tuple(parts[i - 1 : i + 1]) == merges[-1]:
+                    parts[i - 1 : i + 1] = ["".join(merges[-1])]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=16)
+
+
+def make_pipeline(args: Args) -> StableDiffusionPipeline:
+    """An untrained pipeline for the shapes grammar, drawn from --seed, with Stable Diffusion's noise schedule."""
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.text_width,
+        intermediate_size=4 * args.text_width,
+        num_hidden_layers=args.text_layers,
+        num_attention_heads=args.text_width // 32,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    levels = len(args.vae_channels)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=args.vae_channels,
+        latent_channels=4,
+        norm_num_groups=math.gcd(32, *args.vae_channels),
+        sample_size=args.image_size,
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    more = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": args.prediction}
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config).eval(),
+        tokenizer=tokenizer,
+        unet=make_unet(args).eval(),
+        scheduler=DDIMScheduler(**betas, **more),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusionPipeline:
+    """A diffusers folder or hub id as a pipeline whose UNet is a teacher for these settings. Raises UserError."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **optional)
+        kind, channels = pipe.scheduler.config.prediction_type, (pipe.unet.config, pipe.vae.config)
+        if kind not in ("epsilon", "v_prediction") or not isinstance(pipe.unet, UNet):
+            raise ValueError(f"it is a {type(pipe.unet).__name__} that predicts {kind}, not epsilon or v_prediction")
+        if channels[0].in_channels != channels[1].latent_channels:
+            raise ValueError(f"its UNet reads {channels[0].in_channels} channels: no text-to-image model")
+    except Exception as error:  # a damaged, foreign or missing folder, or no network, raises one of many types
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
+        raise UserError(f"--{flag} {name} cannot be loaded ({problem}); {way_out}.") from error
+    cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
+    require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
+    last = last_timestep(pipe.scheduler)
+    for time_flag in ("t_max", "t_star") if flag == "teacher" else ():
+        require(args, time_flag, getattr(args, time_flag) <= last, f"is beyond the teacher's last timestep {last}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
+    """VAE latents Float[B, C, H, W] -> pictures Float[B, 3, 8H, 8W] in [-1, 1], as the pipeline makes them."""
+    return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+
+
+def one_step_scheduler(scheduler: Any, t_star: int) -> EulerDiscreteScheduler:
+    """The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*)."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=t_star + 1,
+        trained_betas=scheduler.betas[: t_star + 1].tolist(),
+        prediction_type=scheduler.config.prediction_type,
+        timestep_spacing="trailing",
+    )
+
+
+# --- Algorithm: pure functions of callables, so that analytic objects and networks run through the same lines ---
+def generate(net: Denoiser, z: Tensor, text: Tensor, t_star: int) -> Tensor:
+    """x = g(z, c): the denoiser used once, at t* on y = s* z, so that the UNet sees sigma* z. z Float[B, C, H, W]."""
+    t = torch.full((len(z),), t_star, device=z.device)
+    return net(net.sigma(t) * z, t, text)
+
+
+def denoiser_difference(
+    teacher: Denoiser, score: Denoiser, y: Tensor, t: Tensor, text: Tensor, guidance: float, empty: Tensor
+) -> Tensor:
+    """Delta = D_q - D_phi as c_out (F_q - F_phi): c_skip y cancels, and small differences keep their precision. Only
+    the teacher is guided.
+    """
+    with torch.no_grad():
+        return teacher.precondition(t)[1] * (teacher.raw(y, t, text, guidance, empty) - score.raw(y, t, text))
+
+
+# --- shared block: estimator ---
+@dataclass
+class Chain:
+    """Where the E-step ended. Offsets count from `x`."""
+
+    z0: Tensor
+    z: Tensor  # z_K
+    sigma: Tensor
+    x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
+    noisy: Tensor  # offset s eps_K
+    clean: Tensor  # the same less s nu_K, by a recursion that never sees the noise
+    nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
+    last: Tensor  # noise injected in the last step
+    logs: dict[str, Tensor]  # Float[B] each
+
+
+def e_step(
+    generator: Callable, difference: Callable, z: Tensor, eps: Tensor, sigma: Tensor, normal_like: Callable, args: Args
+) -> Chain:
+    """[EMD] E-step: K Langevin steps on rho(eps, z), log rho = ln q(y) - ln p(y) - |eps|^2/2 - |z|^2/2, started
+    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz:
+        eps <- (1 - gamma_eps) eps + gamma_eps Delta / s         + sqrt(2 gamma_eps) n
+        z   <- (1 - gamma_z)   z   + gamma_z   J^T Delta / s^2   + sqrt(2 gamma_z)   n'
+    In (x, z) the state is y, gamma_eps s^2 is its step, and J^T (y - g(z)) / s^2 pulls z. generator: z -> x,
+    difference: (y, s) -> Delta. States have the type of z, at least fp32. sigma broadcasts against eps.
+    """
+    assert z.dtype in (torch.float32, torch.float64) and eps.dtype == z.dtype
+    in_x, gamma = args.corrector.startswith("x"), args.gamma_eps
+    scale, scale_z = (
+        math.sqrt(2 * g if args.langevin == "euler" else g * (2 - g)) for g in (args.gamma_eps, args.gamma_z)
+    )
+    z0, nu, clean, clipped = z, eps, torch.zeros_like(eps), torch.zeros_like(z.flatten(1)[:, 0])
+    x = first = None
+    for step in range(args.k):
+        if args.moves_z or step == 0:
+            z, before = z.detach().requires_grad_(args.moves_z), x
+            x = generator(z)
+            if in_x and step > 0:  # z moved and y did not: the offsets of y from g(z) did
+                jump = (before - x).detach()
+                eps, clean = eps + jump / sigma, clean + jump
+        delta = difference(x.detach() + sigma * eps, sigma)
+        first = delta if first is None else first
+        last = scale * normal_like(eps)
+        if args.moves_z:
+            pull = eps / sigma if in_x else delta / sigma**2
+            drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
+            # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
+            rms = drift.flatten(1).pow(2).mean(1).sqrt()
+            drift = drift * (args.z_clip / rms.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
+            clipped = clipped + (rms > args.z_clip)
+            z = (1 - args.gamma_z) * z.detach() + drift + scale_z * normal_like(z)
+        eps = (1 - gamma) * eps + gamma * delta / sigma + last
+        nu = (1 - gamma) * nu + last
+        clean = (1 - gamma) * clean + gamma * delta
+    logs = {
+        "z_norm": z.flatten(1).pow(2).mean(1).sqrt(),
+        "z_clipped_share": clipped / args.k,
+        "delta_rms": first.flatten(1).pow(2).mean(1).sqrt(),
+        "delta_cosine": torch.cosine_similarity(first.flatten(1), delta.flatten(1)),
+    }
+    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, sigma * eps, clean, nu, last, logs)
+
+
+def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
+    """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
+    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
+    """
+    noisy = chain.noisy - chain.sigma * chain.last if args.cancel == "last" else chain.noisy
+    target = chain.clean if args.cancel == "full" else noisy
+    if args.corrector == "x-z":  # y does not follow the last move of z
+        target = target + (chain.x - x).detach()
+    return target / (1 if args.weight == "s2" else chain.sigma**2)
+
+
+def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args) -> tuple[Tensor, Tensor]:
+    """Mean over the batch of |r|^2 / 2, whose gradient is -J_theta(z_K)^T r, and r itself."""
+    x = generator(chain.z) if args.moves_z else chain.x
+    r = residual(chain, x, args)
+    # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
+    loss = 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+    if args.cancel == "exact":  # not in the paper: the noise is taken off at z_0, of which it is independent
+        x, less = generator(chain.z0), chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
+        loss = loss + 0.5 * (x - x.detach() + less).pow(2).flatten(1).sum(1).mean()
+    return loss, r
+
+
+# --- end shared block: estimator ---
+
+
+def denoising_loss(net: Denoiser, x: Tensor, t: Tensor, eps: Tensor, text: Tensor) -> Tensor:
+    """Squared error of eps or v, whichever the network predicts: (D - x) / c_out. Sum over the latent, mean over B."""
+    c_skip, c_out, _ = net.precondition(t)
+    y = x + net.sigma(t) * eps
+    return (net.raw(y, t, text) - (x - c_skip * y) / c_out).pow(2).flatten(1).sum(1).mean()
+
+
+def ddim(denoise: Callable, z: Tensor, levels: Tensor, last: int, steps: int) -> Tensor:
+    """[DDIM], deterministic, which in y is Euler's method: denoise(y, t) `steps` times, from z ~ N(0, I) to a latent.
+    levels Float[T]: s_t, of which `last` is the first one visited.
+    """
+    times = torch.linspace(last, 0, steps + 1).round().long().tolist()[:-1]
+    y = z * float((1 + levels[times[0]] ** 2).sqrt())  # x_T = z
+    for here, there in zip(times, [*times[1:], None], strict=True):
+        clean = denoise(y, torch.full((len(z),), here, device=z.device))
+        y = clean if there is None else clean + float(levels[there] / levels[here]) * (y - clean)
+    return y
+
+
+# --- shared block: average and noise ---
+def ema_decay(step: int, args: Args) -> float:
+    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
+    if not args.ema or not args.ema_ramp:
+        return args.ema
+    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+class Noise:
+    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
+    resumed run, and any number of processes, draw the same.
+    """
+
+    def __init__(self, device: torch.device | str, *key: int):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator, device=self.device, dtype=like.dtype)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.device)
+
+    # --- end shared block: average and noise ---
+
+    def timesteps(self, low: int, high: int, count: int) -> Tensor:
+        return low + self.integers(high - low + 1, count)
+
+
+# --- Run folder, checkpoints, logs ---
+# --- shared block: run folder ---
+class Run:
+    """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
+    step: where a resumed run goes on; lines logged beyond it are forgotten, since they will be computed again. writes:
+    of several processes, one does. The first Ctrl-C or SIGTERM only sets `stop`, a second one ends the process.
+    Raises UserError.
+    """
+
+    def __init__(self, args: Args, step: int = 0, writes: bool = True):
+        new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
+        self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
+        if not writes:
+            return
+        try:
+            (self.folder / "media").mkdir(parents=True, exist_ok=True)
+            if not args.eval_only:
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+                shutil.copy(Path(__file__), self.folder)
+                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+                self.lines.write_text("".join(whole))
+        except OSError as error:
+            reason = f"cannot write to {self.folder} ({error.strerror})"
+            raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
+        if args.track:
+            import wandb
+
+            name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
+            where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
+            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+
+    def request_stop(self, number: int, frame: Any) -> None:
+        print("stopping after this iteration; once more to stop at once", flush=True)
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                way_out = f"try --resume {self.folder} with a lower learning rate"
+                raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
+        if self.writes:
+            with self.lines.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
+        """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
+        if self.writes:
+            frames = np.asarray(frames).repeat(scale, axis=-3).repeat(scale, axis=-2)
+            path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
+            imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
+            if self.wandb:
+                import wandb
+
+                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+
+
+# --- end shared block: run folder ---
+
+
+# --- shared block: checkpoints ---
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
+    path = folder / "checkpoints" / f"{step:09d}.pt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
+        for old in sorted(path.parent.glob("*.pt"))[:-2]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--runs-dir: {path} was not written ({error}): make room, then --resume {folder}.") from error
+
+
+def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
+    UserError.
+    """
+    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises one of many types
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"warning: checkpoint {path} cannot be read ({reason})", file=sys.stderr)
+    if paths:
+        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
+    return 0, {}
+
+
+def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fill networks and optimisers. Raises UserError."""
+    try:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = f"its checkpoint does not fit these settings ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"--resume or --eval-only {folder}: {reason}; leave out flags that change a size.") from error
+
+
+class Means:
+    """Collects values over updates, micro-batches and processes. add() takes one or Float[B], weights of the same."""
+
+    def __init__(self, acc: Accelerator):
+        self.acc, self.sums = acc, {}
+
+    def add(self, name: str, values: Tensor | float, weights: Tensor | None = None) -> None:
+        values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
+        weights = torch.ones_like(values) if weights is None else weights.flatten().float()
+        self.sums[name] = self.sums.get(name, 0) + torch.stack([(values * weights).sum(), weights.sum()])
+
+    def take(self) -> dict[str, float]:
+        table = torch.stack([pair.to(self.acc.device) for pair in self.sums.values()])
+        names, self.sums = list(self.sums), {}
+        pairs = zip(names, self.acc.reduce(table, "sum").tolist(), strict=True)
+        return {name: total / count for name, (total, count) in pairs if count}
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """Float[N, C, H, W] in [-1, 1], row by row -> UInt8[rows H, columns W, 3]."""
+    pixels = to_uint8(images).expand(-1, 3, -1, -1).cpu().numpy()
+    n, _, h, w = pixels.shape
+    return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
+
+
+# --- end shared block: checkpoints ---
+
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [one-step, em-distillation]
+---
+One-step generator distilled by EM Distillation (arXiv:2405.16852) from `{teacher}`; its licence is the teacher's.
+
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained("FOLDER")
+    image = pipe("{caption}", num_inference_steps=1, guidance_scale=0).images[0]
+
+Trained for {step:,} generator updates of {batch:,} pictures at {size} px: K = {k}, corrector {corrector}, gamma_eps
+{gamma_eps}, gamma_z {gamma_z}, teacher guidance {guidance}, t* = {t_star}, seed {seed}; {captions:,} captions.
+These are the averaged weights (decay {ema}). Other step counts than 1 and guidance are not supported.
+
+Measured by the script that trained it:
+
+```json
+{scores}
+```
+"""
+
+
+def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -> None:
+    """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
+    if not run.writes:
+        return
+    folder, facts = run.folder / "pipeline", run.folder / "eval.json"
+    parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
+    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(
+        folder.with_suffix(".tmp"), safe_serialization=True
+    )
+    scores = facts.read_text() if facts.exists() else '"not evaluated"'
+    values = dataclasses.asdict(args) | {"teacher": args.teacher or "a pipeline trained on drawn shapes"}
+    values |= {"caption": setup.captions.texts[0], "captions": len(setup.captions.texts), "scores": scores}
+    card = CARD.format(step=step, batch=args.batch_size, size=args.image_size, **values)
+    (folder.with_suffix(".tmp") / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_suffix(".tmp").rename(folder)
+
+
+# --- Evaluation ---
+class Features(nn.Module):
+    """UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or the mean colours of 4x4 regions."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.name, self.net = "mean colours of 4x4 regions", None
+        if args.features:
+            try:
+                self.net, self.name = torch.jit.load(args.features, "cpu"), Path(args.features).name
+            except (RuntimeError, ValueError, OSError) as error:
+                problem = f"cannot be loaded ({str(error).splitlines()[0][:100]}): name inception-2015-12-05.pt"
+                raise UserError(f"--features {args.features} {problem}, or leave it out.") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.net is None:
+            return adaptive_avg_pool2d(to_float(images), 4).flatten(1)
+        return self.net(shrink(images), return_features=True)
+
+
+def shrink(images: Tensor, size: int = 256) -> Tensor:
+    """Pictures larger than `size` at that size, by Pillow's Lanczos filter: the MSCOCO-30k protocol."""
+    if images.shape[-1] <= size:
+        return images
+    small = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size, size), 1) for image in images]
+    return torch.tensor(np.stack(small)).permute(0, 3, 1, 2).to(images.device)
+
+
+def load_reference(args: Args) -> Iterator[Tensor]:
+    """Pictures of --reference, centre-cropped to squares of at most 256 pixels. Raises UserError."""
+    kinds, size = {".jpg", ".jpeg", ".png", ".webp"}, min(256, args.image_size)
+    paths = sorted(path for path in Path(args.reference).rglob("*") if path.suffix.lower() in kinds)
+    require(args, "reference", len(paths) >= 8, f"holds {len(paths)} pictures: name a folder of at least 8")
+    for path in paths:
+        try:
+            image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--reference {path} cannot be read ({error}): delete it.") from error
+        yield torch.tensor(np.asarray(image)).permute(2, 0, 1)[None]
+
+
+# --- shared block: comparison ---
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
+    Features Float[N, D].
+    """
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        # k + 1: every centre is its own nearest neighbour
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
+    as_given.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(as_given)
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    for metric in (distance, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    precision, recall = precision_recall(real, fake)
+    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
+
+
+# --- end shared block: comparison ---
+
+
+@torch.no_grad()
+def clip_score(folder: str, pixels: Tensor, texts: list[str]) -> float:
+    """Mean cosine of picture and caption in the CLIPModel of a folder. Raises UserError."""
+    try:
+        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged, foreign or missing folder raises one of many types
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"--clip {folder} cannot be loaded ({problem}); name a CLIPModel folder.") from error
+    mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]]).view(2, 1, 3, 1, 1)
+    size, total = model.config.vision_config.image_size, 0.0
+    for i in range(0, len(texts), 32):
+        images = interpolate(pixels[i : i + 32] / 255, (size, size), mode="bicubic", antialias=True)
+        most = model.config.text_config.max_position_embeddings
+        words = tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=most, return_tensors="pt")
+        found = model(pixel_values=(images - mean) / std, **words)
+        total += float((found.image_embeds * found.text_embeds).sum())
+    return total / len(texts)
+
+
+class Evaluator:
+    """Compares the student at one network evaluation with the teacher at --ddim-steps, on equal captions and noise."""
+
+    def __init__(self, args: Args, acc: Accelerator, setup: "Setup"):
+        self.args, self.acc, self.setup, self.captions = args, acc, setup, setup.captions
+        if args.eval_prompts:
+            self.captions = Captions(args, setup.pipe, read_prompts(args, "eval_prompts"), acc.device)
+        picks = Noise("cpu", 0).integers(len(self.captions.texts), args.eval_samples // args.eval_per_prompt)
+        self.picks = picks.repeat_interleave(args.eval_per_prompt)
+        self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
+        self.features = Features(args).to(acc.device).eval().requires_grad_(False)
+        if args.reference:
+            self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
+        elif set(self.texts) <= grammar().keys():
+            drawn = [draw(text, args.image_size, seed) for seed, text in enumerate(self.texts)]
+            self.references["data"] = self.extract(torch.tensor(np.stack(drawn)).permute(0, 3, 1, 2))
+        pixels, seconds = self.sample(lambda z, text: teacher_samples(args, setup, z, text))
+        self.teacher = self.extract(pixels)
+        evaluations = args.ddim_steps * (1 + (args.guidance != 1))
+        self.teacher_scores = self.score(pixels, self.teacher, evaluations, seconds)
+        self.references["teacher"] = self.teacher
+
+    @torch.no_grad()
+    def sample(self, sampler: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
+        """UInt8[N, 3, H, W], seconds per picture. Noise depends on the chunk alone; processes share the chunks."""
+        acc, size, started = self.acc, self.args.eval_batch_size, time.perf_counter()
+        side = self.args.image_size
+        pixels = torch.zeros(len(self.picks), 3, side, side, dtype=torch.int32, device=acc.device)
+        for index in range(acc.process_index, -(-len(self.picks) // size), acc.num_processes):
+            part = self.picks[index * size :][:size]
+            z = Noise(acc.device, 0, index).normal(len(part), *self.setup.shape)
+            made = decode(self.setup.pipe, sampler(z, self.captions(part)))
+            pixels[index * size :][:size] = to_uint8(made).int()
+        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+        return pixels, (time.perf_counter() - started) * acc.num_processes / len(pixels)
+
+    @torch.no_grad()
+    def extract(self, pixels: Tensor) -> Tensor:
+        size = self.args.eval_batch_size
+        return torch.cat([self.features(part.to(self.acc.device)).float().cpu() for part in pixels.split(size)])
+
+    def score(self, pixels: Tensor, features: Tensor, evaluations: int, seconds: float) -> dict[str, float]:
+        torch.manual_seed(0)  # torchmetrics draws subsets from the global generator
+        scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
+        for reference, real in self.references.items():
+            compared = compare(real, features, "fid" if self.args.features else "frechet")
+            scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
+        each = self.args.eval_per_prompt
+        if each > 1:  # mean distance of two pictures of one caption
+            together = torch.cdist(*[features.view(-1, each, features.shape[1])] * 2)
+            scores["diversity"] = float(together.sum((1, 2)).mean() / (each * (each - 1)))
+        if set(self.texts) <= grammar().keys():
+            asked = np.array([grammar()[text] for text in self.texts])
+            right = asked == np.array(measure(pixels))
+            scores |= {f"accuracy_{name}": float(right[:, i].mean()) for i, name in enumerate(ATTRIBUTES)}
+            scores |= {"accuracy_mean": float(right.mean()), "accuracy_all": float(right.all(1).mean())}
+        if self.args.clip:
+            scores["clip_score"] = clip_score(self.args.clip, pixels, self.texts)
+        return scores
+
+    def __call__(self, average: Denoiser, run: Run, step: int) -> dict[str, float]:
+        """Scores of a generator, written to eval.json beside the teacher's."""
+        pixels, seconds = self.sample(lambda z, text: generate(average, z, text, self.args.t_star))
+        features = self.extract(pixels)
+        student = self.score(pixels, features, 1, seconds)
+        if "diversity" in student:
+            student["diversity_ratio"] = student["diversity"] / max(self.teacher_scores["diversity"], 1e-12)
+        result = {"step": step, "samples": len(pixels), "captions": len(set(self.texts))}
+        result |= {"features": self.features.name, "guidance": self.args.guidance}
+        text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)
+        if run.writes:
+            (run.folder / "eval.json").write_text(text)
+            print(text)
+        return {f"eval/{name}": value for name, value in student.items()}
+
+
+# --- Training ---
+# --- shared block: updates ---
+def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
+    """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
+    size, processes = min(args.micro_batch_size, total), acc.num_processes
+    reason = f"makes {total // size} that {processes} processes cannot share evenly: try {max(1, total // processes)}"
+    require(args, "micro_batch_size", total // size % processes == 0, reason)
+    return range(acc.process_index, total // size, processes), size
+
+
+def optimizer_step(acc: Accelerator, optimizer: torch.optim.Optimizer, lr: float, clip: float = 0.0) -> Tensor:
+    """One update from gradients summed over processes; their norm. The networks stay outside of any wrapper, so that
+    the E-step's gradients of z start no communication.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    if acc.num_processes > 1:
+        flat = acc.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(part.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# --- end shared block: updates ---
+
+
+def accumulate(
+    args: Args, optimizer: Any, lr: float, loss_of: Callable, total: int, key: tuple, means: Means, name: str
+) -> None:
+    """One update on loss_of(noise, count), a mean over `count` of the update's `total` pictures at a time."""
+    slots, size = micro_batches(total, args, means.acc)
+    for slot in slots:
+        loss = loss_of(Noise(means.acc.device, args.seed, *key, slot), size)
+        (loss * size / total).backward()
+        means.add(f"losses/{name}", loss)
+    means.add(f"losses/{name}_grad_norm", optimizer_step(means.acc, optimizer, lr))
+
+
+def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
+    """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store."""
+    if args.beta1:
+        return torch.optim.Adam(net.parameters(), betas=(args.beta1, args.beta2))
+    return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8)
+
+
+def adam_lr(args: Args, lr: float, update: int) -> float:
+    """What `update`, counted from 1, multiplies by: RMSprop does not correct its second moment for its start at 0."""
+    return lr if args.beta1 else lr * math.sqrt(1 - args.beta2**update)
+
+
+# --- shared block: stage ---
+def loop(
+    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
+) -> Iterator[int]:
+    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
+    yields `done` after each. `offset` counts the updates of earlier stages.
+    """
+    means, since, mark = Means(acc), first, time.perf_counter()
+    for done in range(first + 1, updates + 1):
+        update(done, means)
+        # Any process may have been asked to stop: all of them do, after the same update.
+        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        last = done == updates
+        if run.stop or last or done % args.log_every == 0:
+            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
+            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
+            logs |= {"perf/updates_per_second": speed}
+            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            if acc.device.type == "cuda":
+                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            run.log(offset + done, logs)
+            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
+            if run.writes:
+                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+        if run.writes and (run.stop or last or done % args.save_every == 0):
+            save_checkpoint(run.folder, offset + done, state)
+        if run.stop and not last:
+            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
+            return
+        yield done
+
+
+# --- end shared block: stage ---
+
+
+def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
+    """[LDM] An autoencoder, then UNet and text encoder together, on drawn shapes. The average of the latter two and
+    the autoencoder are kept as the pipeline RUN/teacher/. Whether it came to its end.
+    """
+    pipe, captions = make_pipeline(args).to(acc.device), list(grammar())
+    vae, net = pipe.vae, nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
+    denoiser, average = Denoiser(args, pipe.unet, pipe.scheduler).to(acc.device), copy.deepcopy(net)
+    average.requires_grad_(False)
+    adam_vae, adam = torch.optim.Adam(vae.parameters()), torch.optim.Adam(net.parameters())
+
+    def batch(noise: Noise, count: int) -> tuple[Tensor, list[str]]:
+        texts = [captions[i] for i in noise.integers(len(captions), count).tolist()]
+        seeds = noise.integers(2**31, count).tolist()
+        drawn = [draw(text, args.image_size, seed) for text, seed in zip(texts, seeds, strict=True)]
+        return to_float(torch.tensor(np.stack(drawn)).permute(0, 3, 1, 2)).to(acc.device), texts
+
+    def vae_loss(noise: Noise, count: int) -> Tensor:
+        x, _ = batch(noise, count)
+        posterior = vae.encode(x).latent_dist
+        latent = posterior.mean + posterior.std * noise.normal_like(posterior.mean)
+        divergence = posterior.kl().mean() / latent[0].numel()
+        return (vae.decode(latent).sample - x).abs().mean() + 1e-4 * divergence
+
+    @functools.cache  # the autoencoder is done when this is first asked
+    @torch.no_grad()
+    def scale() -> float:
+        return 1 / float(vae.encode(batch(Noise(acc.device, 0, 0), 64)[0]).latent_dist.mean.std())
+
+    def unet_loss(noise: Noise, count: int) -> Tensor:
+        x, texts = batch(noise, count)
+        with torch.no_grad():
+            latent = scale() * vae.encode(x).latent_dist.mean
+        keep = noise.integers(10, count).tolist()  # a tenth learns the empty caption, for guidance
+        features = encode(pipe, [text if kept else "" for text, kept in zip(texts, keep, strict=True)])
+        t = noise.timesteps(0, denoiser.last, count)
+        return denoising_loss(denoiser, latent, t, noise.normal_like(latent), features)
+
+    def update(done: int, means: Means) -> None:
+        later = done - args.vae_steps
+        part = done if later <= 0 else later
+        lr = args.teacher_lr * min(1.0, 10 * part / (args.vae_steps if later <= 0 else args.teacher_steps))
+        if later <= 0:
+            accumulate(args, adam_vae, lr, vae_loss, args.teacher_batch_size, (0, done), means, "autoencoder")
+        else:
+            accumulate(args, adam, lr, unet_loss, args.teacher_batch_size, (0, done), means, "denoising")
+            update_ema(average, net, ema_decay(later, args))
+
+    state = {"vae": vae, "net": net, "average": average, "adam_vae": adam_vae, "adam": adam}
+    if saved:
+        restore(run.folder, state, saved)
+    updates = args.vae_steps + args.teacher_steps
+    print(f"{run.folder}: {args.vae_steps:,} updates of the autoencoder, {args.teacher_steps:,} of the UNet")
+    done = max([first, *loop(args, run, acc, first, updates, 0, state, update)])
+    if run.writes and done == updates:
+        vae.register_to_config(scaling_factor=scale())
+        net.load_state_dict(average.state_dict())
+        pipe.save_pretrained(run.folder / "teacher.tmp", safe_serialization=True)
+        (run.folder / "teacher.tmp").rename(run.folder / "teacher")  # a teacher/ that exists is whole
+    acc.wait_for_everyone()
+    return done == updates
+
+
+@dataclass
+class Setup:
+    """What distillation does not change: shape is that of a latent, C H W."""
+
+    pipe: StableDiffusionPipeline
+    teacher: Denoiser
+    captions: Captions
+    shape: tuple[int, int, int]
+
+
+def teacher_samples(args: Args, setup: Setup, z: Tensor, text: Tensor) -> Tensor:
+    def guided(y: Tensor, t: Tensor) -> Tensor:
+        return setup.teacher(y, t, text, args.guidance, setup.captions.empty)
+
+    return ddim(guided, z, setup.teacher.levels, setup.teacher.last, args.ddim_steps)
+
+
+def players(args: Args, setup: Setup, generator: Denoiser, score: Denoiser, text: Tensor, t: Tensor):
+    """generator: z -> x and difference: (y, s) -> Delta of these captions and timesteps, for e_step and m_step_loss."""
+
+    def difference(y: Tensor, sigma: Tensor) -> Tensor:
+        return denoiser_difference(setup.teacher, score, y, t, text, args.guidance, setup.captions.empty)
+
+    return lambda z: generate(generator, z, text, args.t_star), difference
+
+
+def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
+    """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
+    state: dict[str, Any] = {name: copy.deepcopy(teacher) for name in ("generator", "score", "average")}
+    for name in ("generator", "score"):
+        state[name].requires_grad_(True)
+        if args.checkpointing:
+            state[name].unet.enable_gradient_checkpointing()
+        state[f"adam_{name}"] = make_optimizer(args, state[name])
+    return state
+
+
+def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Means) -> None:
+    generator, captions, device = state["generator"], setup.captions, means.acc.device
+
+    def draw_inputs(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
+        return captions(noise.integers(len(captions.texts), count)), noise.normal(count, *setup.shape)
+
+    # 1. The student score network learns to denoise the generator's latents.
+    def score_loss(noise: Noise, count: int) -> Tensor:
+        text, z = draw_inputs(noise, count)
+        with torch.no_grad():
+            x = generate(generator, z, text, args.t_star)
+        t = noise.timesteps(0, setup.teacher.last, count)
+        return denoising_loss(state["score"], x, t, noise.normal_like(x), text)
+
+    for turn in range(args.score_updates):
+        lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
+        key = 1, step, turn
+        accumulate(args, state["adam_score"], lr, score_loss, args.batch_size, key, means, "denoising")
+
+    slots, size = micro_batches(args.batch_size, args, means.acc)
+    for slot in slots:
+        noise = Noise(device, args.seed, 2, step, slot)
+        text, z = draw_inputs(noise, size)
+        t = noise.timesteps(args.t_min, args.t_max, size)
+        sigma, eps = setup.teacher.sigma(t), noise.normal_like(z)
+        # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
+        generator.requires_grad_(not args.moves_z)
+        g, difference = players(args, setup, generator, state["score"], text, t)
+        chain = e_step(g, difference, z, eps, sigma, noise.normal_like, args)
+        # 3. M-step.
+        generator.requires_grad_(True)
+        loss, r = m_step_loss(g, chain, args)
+        (loss * size / args.batch_size).backward()
+        means.add("losses/generator", loss)
+        rms = r.pow(2).mean((1, 2, 3)).sqrt()
+        for low, high in ((0, 250), (250, 500), (500, 750), (750, math.inf)):
+            means.add(f"chain/residual_rms_t{low}", rms, (t >= low) & (t < high))
+        for name, values in chain.logs.items():
+            means.add(f"chain/{name}", values)
+    lr = adam_lr(args, args.generator_lr, step)
+    norm = optimizer_step(means.acc, state["adam_generator"], lr, args.max_grad_norm)
+    means.add("losses/generator_grad_norm", norm)
+
+    # 4. The average that is evaluated.
+    update_ema(state["average"], generator, ema_decay(step, args))
+
+
+@torch.no_grad()
+def write_media(args: Args, run: Run, step: int, setup: Setup, state: dict, acc: Accelerator) -> None:
+    """Two captions and eight noises each: a row of the guided teacher's pictures above the averaged generator's."""
+    picks = Noise("cpu", 0, 1).integers(len(setup.captions.texts), 2).repeat_interleave(8)
+    z, text, rows = Noise(acc.device, 0, 1).normal(16, *setup.shape), setup.captions(picks), []
+    for at, words in zip(z.split(8), text.split(8), strict=True):
+        rows += [teacher_samples(args, setup, at, words), generate(state["average"], at, words, args.t_star)]
+    images = torch.cat([decode(setup.pipe, row) for row in rows])
+    run.media(step, "samples", tile(images, 8), scale=max(1, 128 // args.image_size))
+
+
+def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str]) -> tuple[Setup, dict[str, Any], int]:
+    """The frozen parts, the student's state as it starts, and how many updates the teacher took in this run."""
+    pipe = load_pipeline(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
+    for part in (pipe.vae.to(acc.device), pipe.text_encoder, pipe.unet):
+        part.eval().requires_grad_(False)
+    captions = Captions(args, pipe, texts, acc.device)
+    teacher = Denoiser(args, pipe.unet, pipe.scheduler).to(acc.device)
+    side = args.image_size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    state = init_state(args, teacher)
+    teacher.store_bf16()
+    setup = Setup(pipe, teacher, captions, (pipe.unet.config.in_channels, side, side))
+    return setup, state, (args.vae_steps + args.teacher_steps) * args.train_teacher
+
+
+def train(args: Args, acc: Accelerator) -> None:
+    """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
+    step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
+    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())  # before anything is downloaded
+    run = Run(args, step, acc.is_main_process)
+    run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
+    if args.train_teacher and not (run.folder / "teacher").exists():
+        if not train_teacher(args, run, acc, step, saved):
+            return
+        step, saved = args.vae_steps + args.teacher_steps, {}
+    setup, state, offset = load_everything(args, run, acc, texts)
+    # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
+    needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
+    free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
+    require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
+    if "generator" in saved:
+        restore(run.folder, state, saved)
+    print(f"{run.folder}: {args.total_steps:,} updates of the generator")
+    evaluator, update = None, functools.partial(train_iteration, args, setup, state)
+    for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
+        last = done == args.total_steps
+        if run.writes and args.media_every and (last or done % args.media_every == 0):
+            write_media(args, run, offset + done, setup, state, acc)
+        if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
+            evaluator = evaluator or Evaluator(args, acc, setup)
+            run.log(offset + done, evaluator(state["average"], run, offset + done))
+        if last:
+            export(args, run, setup, state["average"], done)
+
+
+def evaluate(args: Args, acc: Accelerator) -> None:
+    """--eval-only: scores, pictures and pipeline of a run's newest checkpoint; with --generate, pictures alone."""
+    run = Run(args, writes=acc.is_main_process)
+    if args.generate:
+        pipe = load_pipeline(args, str(run.folder / "pipeline"), "eval_only").to(acc.device)
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}
+        images = pipe([args.generate] * 8, height=args.image_size, width=args.image_size, **how).images
+        run.media(args.seed, "generated", np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
+        return print(f"{run.folder / 'media' / f'generated_{args.seed}.png'}")
+    step, saved = load_checkpoint(Path(args.eval_only))
+    require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
+    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())
+    setup, state, offset = load_everything(args, run, acc, texts)
+    restore(run.folder, state, saved)
+    if run.writes:
+        write_media(args, run, step, setup, state, acc)
+    if args.eval_samples:
+        Evaluator(args, acc, setup)(state["average"], run, step)
+    export(args, run, setup, state["average"], step - offset)
+
+
+def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[str, float]:
+    """Estimated GB of one process: what is stored, exactly; activations by the outputs of the layers of one backward
+    pass, of which checkpointing keeps those of the blocks and one block's own.
+    """
+    weights, kept, blocks = sum(p.numel() for p in unet.parameters()) / 1e9, {}, {}
+    for name, part in unet.named_modules():
+        block = re.match(r"(\w+_blocks?\.(?:\d+\.)?(?:resnets|attentions)\.\d+)(\..*)?$", name)
+
+        def count(part: nn.Module, inputs: Any, output: Any, block: Any = block, name: str = name) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            size = output.numel() * (2 if args.dtype == "bf16" else 4) / 1e9 if torch.is_tensor(output) else 0
+            if not list(part.children()):
+                owner = block[1] if block else ""
+                kept[owner] = kept.get(owner, 0) + size
+            if block and not block[2]:
+                blocks[name] = size
+
+        part.register_forward_hook(count)
+    unet(latent, torch.zeros(len(latent)), text)
+    peak = sum(blocks.values()) + max(kept.values()) if args.checkpointing else sum(kept.values())
+    moments = 1 if not args.beta1 else 2
+    return {
+        "teacher's UNet": weights * (2 if args.dtype == "bf16" else 4),
+        "generator, its average, score network": 3 * 4 * weights,
+        "gradients, of one network at a time": 4 * weights,
+        "optimisers": 2 * 4 * weights * moments,
+        "activations of a micro-batch": peak,
+    }
+
+
+def dry_run(args: Args) -> None:
+    """Settings, parameter counts, what an update costs and the memory it needs, from the shapes of a UNet that is never
+    filled: of a local --teacher its own, else the one that the flags describe, by default Stable Diffusion 1.5's.
+    """
+    config, side = Path(args.teacher) / "unet" / "config.json", args.image_size // 2 ** (len(args.vae_channels) - 1)
+    tokens = 16 if args.train_teacher else 77
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet.from_config(json.loads(config.read_text())) if args.teacher and config.exists() else make_unet(args)
+        width, shape = unet.config.cross_attention_dim, (unet.config.in_channels, side, side)
+        with FlopCounterMode(display=False) as counter:
+            unet(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, tokens, width))
+        flops, parameters = counter.get_total_flops(), sum(p.numel() for p in unet.parameters())
+        size = min(args.micro_batch_size, args.batch_size)
+        plan = memory_plan(args, unet, torch.zeros(size, tokens, width), torch.zeros(size, *shape))
+    guided = args.guidance != 1
+    chain = (4 if args.moves_z else 2) * args.k + 3 + guided * args.k  # see docs: a backward pass counts as two
+    forwards = chain + 4 * args.score_updates + 3 * (args.cancel == "exact")
+    total = forwards * args.batch_size * args.total_steps * flops
+    total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
+    print(json.dumps(dataclasses.asdict(args), indent=2))
+    print(f"UNet: {parameters:,} parameters; a forward pass of a picture is {flops / 1e9:.2f} GFLOP")
+    print(f"an update: {forwards} forward passes of {args.batch_size} pictures (a backward pass counts as two)")
+    print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
+    print("\n".join(f"memory: {amount:7.3f} GB  {what}" for what, amount in plan.items()))
+    print(f"memory: {sum(plan.values()):7.3f} GB  in all; the VAE, a text encoder in use and CUDA itself come on top")
+
+
+# --- shared block: main ---
+def main() -> None:
+    try:
+        args = parse_args()
+        check_args(args)
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        require(args, "distributed", together or not args.distributed, "needs `accelerate launch` to start the script")
+        if args.dry_run:
+            return dry_run(args)
+        torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
+        (evaluate if args.eval_only else train)(args, Accelerator())
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- end shared block: main ---
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""emd_text2image.py: conversions, guidance, captions, measurements, the exported pipeline, and the command line.
+The estimator itself is a shared block: its known answers are in test_emd_imagenet.py.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test asks a network
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import emd_text2image as t2i  # noqa: E402
+
+ACCELERATOR = t2i.Accelerator(cpu=True)
+TEXTS = list(t2i.grammar())[:6]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def settings(**changes):
+    return dataclasses.replace(t2i.PRESETS["smoke"], **changes)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def setup_of(args):
+    """An untrained pipeline as a teacher, in memory, with six captions."""
+    pipe = t2i.make_pipeline(args)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.eval().requires_grad_(False)
+    captions = t2i.Captions(args, pipe, TEXTS, torch.device("cpu"))
+    return t2i.Setup(pipe, t2i.Denoiser(args, pipe.unet, pipe.scheduler), captions, (4, 8, 8))
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def predicted(request):
+    args = settings(prediction=request.param)
+    return args, setup_of(args)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    """An untrained pipeline as a user would have it: a diffusers folder."""
+    folder = tmp_path_factory.mktemp("teacher")
+    t2i.make_pipeline(settings()).save_pretrained(folder)
+    return folder
+
+
+# --- Levels and conversions ---
+class Gaussian(nn.Module):
+    """In place of a UNet: the exact prediction for N(mean, 0.7^2 I). Its denoiser in closed form is exact()."""
+
+    def __init__(self, levels, v, mean=0.3):
+        super().__init__()
+        self.levels, self.v, self.mean, self.inputs = levels, v, mean, []
+
+    def exact(self, y, s):
+        return (0.49 * y + s**2 * self.mean) / (0.49 + s**2)
+
+    def forward(self, x_t, t, text, return_dict):
+        self.inputs.append((x_t, t, text))
+        s = self.levels[t].view(-1, 1, 1, 1)
+        alpha, y = (1 + s**2).rsqrt(), x_t * (1 + s**2).sqrt()
+        clean = self.exact(y, s)
+        eps = (y - clean) / s
+        shift = text.mean((1, 2)).view(-1, 1, 1, 1).to(y)  # something that guidance can amplify
+        return ((alpha * eps - s * alpha * clean if self.v else eps) + shift,)
+
+
+def gaussian(v, mean=0.3):
+    scheduler = t2i.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction" if v else "epsilon",
+    )
+    net = t2i.Denoiser(settings(), None, scheduler)
+    net.unet = Gaussian(net.levels, v, mean)
+    return net
+
+
+NO_TEXT = torch.zeros(5, 2, 3)
+
+
+def test_levels_are_those_of_stable_diffusion():
+    level = gaussian(False).levels
+    found = {t: round(float(-2 * level[t].log()), 2) for t in (0, 20, 200, 399, 500, 625, 800, 980, 999)}
+    expected = {0: 7.07, 20: 3.96, 200: 1.12, 399: -0.30, 500: -0.96, 625: -1.83, 800: -3.26, 980: -5.14, 999: -5.36}
+    assert found == expected
+    rescaled = t2i.DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)  # ends in pure noise
+    last = t2i.last_timestep(rescaled)
+    assert gaussian(False).last == 999 and last < 999
+    assert rescaled.alphas_cumprod[last] > 1e-6 >= rescaled.alphas_cumprod[last + 1]
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_eps_and_v_networks_are_the_same_denoiser_difference_and_loss(v):
+    q, p = gaussian(v), gaussian(v, mean=-0.8)
+    t = torch.tensor([20, 250, 500, 750, 999])
+    s = q.sigma(t).double()
+    x, eps = normal(5, 4, 3, 3, dtype=torch.float64), normal(5, 4, 3, 3, seed=1, dtype=torch.float64)
+    y = x + s * eps
+    torch.testing.assert_close(q(y, t, NO_TEXT), q.unet.exact(y, s), rtol=1e-6, atol=1e-6)
+    delta = t2i.denoiser_difference(q, p, y, t, NO_TEXT, 1.0, None)
+    torch.testing.assert_close(delta, q.unet.exact(y, s) - p.unet.exact(y, s), rtol=1e-6, atol=1e-6)
+    error = (q.unet.exact(y, s) - x) / s * ((1 + s**2).sqrt() if v else 1)  # of eps; of v it is error / sigma
+    loss = t2i.denoising_loss(q, x, t, eps, NO_TEXT)
+    torch.testing.assert_close(loss, error.pow(2).sum((1, 2, 3)).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_is_one_doubled_batch_and_amplifies_what_the_caption_adds():
+    net, y, t = gaussian(False), normal(5, 4, 3, 3), torch.tensor([20, 250, 500, 750, 999])
+    text, empty = normal(5, 2, 3, seed=2), normal(1, 2, 3, seed=3)
+    with_caption, without = net.raw(y, t, text), net.raw(y, t, empty.expand(5, 2, 3))
+    net.unet.inputs.clear()
+    guided = net.raw(y, t, text, 3.0, empty)
+    assert [len(x) for x, _, _ in net.unet.inputs] == [10]
+    torch.testing.assert_close(guided, without + 3 * (with_caption - without), **CLOSE)
+
+
+def test_the_first_generator_is_the_teacher_at_t_star_on_scaled_noise():
+    net, z = gaussian(False), normal(5, 4, 3, 3)
+    x = t2i.generate(net, z, NO_TEXT, 500)
+    ((x_t, t, _),) = net.unet.inputs
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha, sigma = math.sqrt(np.prod(1 - betas[:501])), math.sqrt(1 - np.prod(1 - betas[:501]))
+    assert t.tolist() == [500] * 5
+    torch.testing.assert_close(x_t, sigma * z, **CLOSE)
+    eps = net.unet(x_t, t, NO_TEXT, False)[0].float()
+    torch.testing.assert_close(x, (sigma * z - sigma * eps) / alpha, **CLOSE)
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_ddim_follows_the_probability_flow(v):
+    net, z = gaussian(v), normal(5, 4, 3, 3)
+    x = t2i.ddim(lambda y, t: net(y, t, NO_TEXT), z, net.levels, net.last, 500)
+    s = float(net.levels[-1])
+    flow = 0.3 + (z * math.sqrt(1 + s * s) - 0.3) * 0.7 / math.sqrt(0.49 + s * s)  # the ODE's solution for a Gaussian
+    torch.testing.assert_close(x, flow, rtol=0.02, atol=0.02)
+
+
+# --- T10: a diffusers pipeline as teacher ---
+def first_residual(args, setup):
+    state = t2i.init_state(args, setup.teacher)
+    setup.teacher.store_bf16()
+    text, z, eps = setup.captions(torch.arange(4)), normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1)
+    t = torch.tensor([20, 300, 700, 979])
+    g, difference = t2i.players(args, setup, state["generator"], state["score"], text, t)
+    chain = t2i.e_step(g, difference, z, eps, setup.teacher.sigma(t), t2i.Noise("cpu", 0).normal_like, args)
+    return t2i.m_step_loss(g, chain, args)[1]
+
+
+def test_without_guidance_the_first_residual_is_zero_and_with_it_is_not(predicted):
+    args, setup = predicted
+    assert torch.equal(first_residual(dataclasses.replace(args, guidance=1.0), setup), torch.zeros(4, 4, 8, 8))
+    guided = first_residual(dataclasses.replace(args, guidance=3.0), setup)
+    assert (guided.flatten(1).pow(2).mean(1).sqrt() > 1e-4).all()
+
+
+def test_a_teacher_stored_in_bf16_computes_what_autocast_would():
+    args = settings(dtype="bf16", guidance=1.0)
+    setup = setup_of(args)
+    for p in setup.teacher.unet.parameters():  # untrained norms have weights that bf16 holds exactly
+        p.add_(0.01 * normal(*p.shape))
+    assert torch.equal(first_residual(args, setup), torch.zeros(4, 4, 8, 8))
+    assert setup.teacher.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_an_update_moves_generator_score_and_average_and_leaves_the_teacher(predicted):
+    args, setup = predicted
+    before = {name: value.clone() for name, value in setup.teacher.unet.state_dict().items()}
+    state = t2i.init_state(args, setup.teacher)
+    t2i.train_iteration(args, setup, state, 1, t2i.Means(ACCELERATOR))
+    for name, value in setup.teacher.unet.named_parameters():
+        assert value.grad is None and torch.equal(value, before[name]), name
+    for part in ("generator", "score", "average"):
+        assert not torch.equal(state[part].unet.conv_in.weight, before["conv_in.weight"]), part
+    assert all(p.grad is None for p in setup.pipe.text_encoder.parameters())
+
+
+def test_checkpointing_changes_no_gradient():
+    found = {}
+    for checkpointing in (False, True):
+        args = settings(checkpointing=checkpointing)
+        setup = setup_of(args)
+        score = t2i.init_state(args, setup.teacher)["score"]
+        assert score.unet.is_gradient_checkpointing == checkpointing
+        x, t = normal(2, 4, 8, 8).requires_grad_(), torch.tensor([20, 700])
+        loss = t2i.denoising_loss(score, x, t, normal(2, 4, 8, 8, seed=1), setup.captions(torch.arange(2)))
+        loss.backward()
+        found[checkpointing] = {name: p.grad for name, p in score.unet.named_parameters()} | {"x": x.grad}
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-4)
+
+
+def test_the_lean_optimiser_is_adam_without_momentum():
+    args, nets = settings(beta2=0.9), [nn.Linear(3, 2, bias=False) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours, adam = t2i.make_optimizer(args, nets[0]), torch.optim.Adam(nets[1].parameters(), betas=(0.0, 0.9))
+    assert isinstance(ours, torch.optim.RMSprop)
+    for update in range(1, 6):
+        for net in nets:
+            (net(normal(4, 3, seed=update)) ** 3).sum().backward()
+        t2i.optimizer_step(ACCELERATOR, ours, t2i.adam_lr(args, 0.01, update))
+        t2i.optimizer_step(ACCELERATOR, adam, 0.01)
+    torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-6, atol=1e-6)
+    assert isinstance(t2i.make_optimizer(settings(beta1=0.5), nets[0]), torch.optim.Adam)
+
+
+# --- The exported pipeline ---
+@pytest.mark.filterwarnings("ignore")
+def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
+    args, setup = predicted
+    run = type("Folder", (), {"writes": True, "folder": tmp_path})()
+    t2i.export(args, run, setup, setup.teacher, 7)
+    pipe = t2i.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    z = normal(2, 4, 8, 8)
+    how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt", "height": 32, "width": 32}
+    found = pipe(TEXTS[:2], latents=z, **how).images
+    ours = t2i.generate(setup.teacher, z, setup.captions(torch.arange(2)), args.t_star)
+    expected = (t2i.decode(setup.pipe, ours) / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    assert "num_inference_steps=1" in card and "not evaluated" in card and "7 generator updates" in card
+    assert (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+# --- Captions ---
+def test_cached_text_is_fresh_text_and_long_captions_are_counted(capsys):
+    args = settings()
+    pipe, long = t2i.make_pipeline(args), "red " * 40
+    texts = [*TEXTS, long]
+    cached = t2i.Captions(args, pipe, texts, torch.device("cpu"))
+    assert "1 captions are longer than 16 tokens" in capsys.readouterr().out
+    fresh = t2i.Captions(dataclasses.replace(args, text_cache_gb=1e-9), pipe, texts, torch.device("cpu"))
+    assert cached.cache is not None and fresh.cache is None
+    picks = torch.tensor([3, 0, 6])
+    torch.testing.assert_close(cached(picks), fresh(picks), **CLOSE)
+    with torch.no_grad():
+        ids = pipe.tokenizer(TEXTS[3], padding="max_length", max_length=16, return_tensors="pt").input_ids
+        torch.testing.assert_close(cached(torch.tensor([3])), pipe.text_encoder(ids)[0], **CLOSE)
+    assert not torch.allclose(cached(torch.tensor([0])), cached(torch.tensor([1])))
+
+
+def test_every_caption_of_the_grammar_has_tokens_of_its_own_and_fits():
+    tokenizer = t2i.make_pipeline(settings()).tokenizer
+    ids = tokenizer(list(t2i.grammar())).input_ids
+    assert len({tuple(row) for row in ids}) == 1080
+    assert [len(row) for row in ids] == [2 + len(caption.split()) for caption in t2i.grammar()]  # start, words, end
+    assert t2i.make_tokenizer()(list(t2i.grammar())).input_ids == ids  # and the next time the same
+    assert tokenizer.decode(ids[5], skip_special_tokens=True).strip() == list(t2i.grammar())[5]
+    assert ids[0][0] == tokenizer.bos_token_id and ids[0][-1] == tokenizer.eos_token_id
+
+
+def test_prompt_files_are_read_and_what_is_left_out_is_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  a   dog \na cat\ncaf\xe9\n\xc3\xa9t\xc3\xa9\n")
+    lines = ['{"caption": "a bird"}', "no json", '{"url": 1}', '{"text": "a dog"}', '["a"]', '{"prompt": "a fish"}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    with tarfile.open(tmp_path / "c.tar", "w") as shard:
+        for name, content in (("1.txt", b"a horse\n"), ("1.jpg", b"\xff\xd8"), ("2.txt", b"\xff\xfe")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+    read = {name: t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts") for name in ("a.txt", "b.jsonl")}
+    assert read == {"a.txt": ["a cat", "a dog", "été"], "b.jsonl": ["a bird", "a dog", "a fish"]}
+    said = capsys.readouterr().out
+    assert "3 captions; left out: 1 empty, 1 duplicate, 1 not UTF-8" in said
+    assert "3 captions; left out: 3 without a caption" in said
+    everything = t2i.read_prompts(settings(prompts=str(tmp_path)), "prompts")
+    assert everything == ["a cat", "a dog", "été", "a bird", "a fish", "a horse"]
+    for name, content in (("empty.txt", b"\n\n"), ("latin.txt", b"\xe9\n"), ("broken.tar", b"no archive")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(t2i.UserError, match=f"--prompts .*{name}"):
+            t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts")
+    with pytest.raises(t2i.UserError, match="--eval-prompts nowhere cannot be read"):
+        t2i.read_prompts(settings(eval_prompts="nowhere"), "eval_prompts")
+
+
+# --- What a picture shows ---
+def pictures(captions, size=32, seed=0):
+    return torch.tensor(np.stack([t2i.draw(c, size, seed + i) for i, c in enumerate(captions)])).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("size", "every"), [(32, 1), (64, 40)])
+def test_measurements_are_exact_on_drawn_pictures(size, every):
+    captions = list(t2i.grammar())[::every]
+    for caption, found in zip(captions, t2i.measure(pictures(captions, size)), strict=True):
+        assert found == t2i.grammar()[caption], caption
+
+
+def test_measurements_tell_a_wrong_caption_in_the_word_that_is_wrong():
+    words = [t2i.COUNTS, tuple(t2i.SIZES), tuple(t2i.COLOURS), t2i.SHAPES, tuple(t2i.PLACES), tuple(t2i.BACKGROUNDS)]
+    captions = list(t2i.grammar())[::23]
+    for caption, found in zip(captions, t2i.measure(pictures(captions, seed=99)), strict=True):
+        for i, choices in enumerate(words):
+            wrong = list(t2i.grammar()[caption])
+            wrong[i] = choices[(choices.index(wrong[i]) + 1) % len(choices)]
+            assert [a == b for a, b in zip(wrong, found, strict=True)] == [j != i for j in range(6)]
+
+
+def test_measurements_of_pictures_without_shapes_and_of_noise():
+    grey, noise = torch.full((1, 3, 32, 32), 128), torch.randint(0, 256, (1, 3, 32, 32))
+    assert t2i.measure(grey.to(torch.uint8)) == [(*["none"] * 5, "grey")]
+    assert t2i.measure(noise.to(torch.uint8))[0] not in t2i.grammar().values()
+
+
+# --- The command line ---
+QUIET = ["--media-every", 0, "--eval-samples", 0]
+
+
+def run_main(capsys, *flags):
+    """Run the script's main() in this process: exit code and what it printed."""
+    capsys.readouterr()
+    before, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, code = ["emd_text2image.py", *map(str, flags)], 0
+    try:
+        t2i.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return code, out + err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def only(folder):
+    (found,) = folder.iterdir()
+    return found
+
+
+def tensors(value, name=""):
+    """Every tensor below a nested state, by its path."""
+    if torch.is_tensor(value):
+        return {name: value}
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {path: found for key, inner in entries for path, found in tensors(inner, f"{name}.{key}").items()}
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke preset, run once through the command line as a user would. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, str(ROOT / "emd_text2image.py"), "--preset", "smoke", "--runs-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return only(folder)
+
+
+@pytest.fixture
+def copied(smoke, tmp_path):
+    return Path(shutil.copytree(smoke, tmp_path / "copy"))
+
+
+def test_smoke_leaves_what_it_promises(smoke):
+    for name in ("args.json", "emd_text2image.py", "eval.json", "teacher/model_index.json", "pipeline/README.md"):
+        assert (smoke / name).stat().st_size > 0
+    assert sorted(path.name for path in (smoke / "checkpoints").iterdir()) == ["000000010.pt", "000000012.pt"]
+    assert {path.name for path in (smoke / "media").iterdir()} == {"samples_10.png", "samples_12.png"}
+    assert [line["step"] for line in metrics(smoke)] == [2, 4, 6, 8, 10, 12, 12]
+    result = json.loads((smoke / "eval.json").read_text())
+    assert result["samples"] == 16 and result["captions"] == 4
+    assert {"frechet_to_data", "accuracy_colour", "accuracy_all", "diversity_ratio"} <= result["student"].keys()
+    assert (result["student"]["evaluations_per_image"], result["teacher"]["evaluations_per_image"]) == (1, 6)
+    assert '"accuracy_all"' in (smoke / "pipeline" / "README.md").read_text()
+
+
+def test_logged_keys_are_the_documented_keys(smoke):
+    page = (ROOT / "docs" / "emd_text2image.md").read_text()
+    cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
+    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
+    logged = {key for line in metrics(smoke) for key in line if key != "step"}
+    assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
+    sometimes = {"perf/peak_device_memory_gb", "eval/clip_score"} | {f"chain/residual_rms_t{t}" for t in (0, 250, 750)}
+    assert documented - logged <= sometimes
+    assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(smoke, copied, capsys):
+    (copied / "checkpoints" / "000000012.pt").write_bytes(b"damaged")  # so the one of update 10 is used
+    code, output = run_main(capsys, "--resume", copied, *QUIET)
+    assert code == 0 and "000000012.pt cannot be read" in output, output
+    saved = [torch.load(run / "checkpoints" / "000000012.pt", weights_only=True) for run in (copied, smoke)]
+    assert_same_tensors(*map(tensors, saved))
+    for ours, theirs in zip(metrics(copied), metrics(smoke)[:-1], strict=True):
+        assert all(ours[key] == theirs[key] for key in theirs if not key.startswith("perf/"))
+
+
+def test_a_teacher_that_was_interrupted_goes_on_exactly(smoke, tmp_path, capsys, monkeypatch):
+    calls, original = [], t2i.accumulate
+
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 5:  # two updates into the UNet
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(*inputs)
+
+    monkeypatch.setattr(t2i, "accumulate", interrupted)
+    flags = ["--preset", "smoke", *QUIET, "--total-steps", 0, "--runs-dir", tmp_path]
+    assert "stopped and saved after update 5;" in run_main(capsys, *flags)[1]
+    assert not (only(tmp_path) / "teacher").exists()
+    assert run_main(capsys, "--resume", only(tmp_path))[0] == 0
+    load = t2i.UNet.from_pretrained
+    found = [load(run / "teacher", subfolder="unet").state_dict() for run in (only(tmp_path), smoke)]
+    assert_same_tensors(*map(tensors, found))
+
+
+def test_eval_only_repeats_the_scores_and_generate_draws_a_caption(copied, capsys):
+    before = json.loads((copied / "eval.json").read_text())
+    shutil.rmtree(copied / "pipeline")
+    code, output = run_main(capsys, "--eval-only", copied)
+    assert code == 0, output
+    after = json.loads((copied / "eval.json").read_text())
+    for who, name in (("student", "frechet_to_data"), ("student", "diversity_ratio"), ("teacher", "kid_to_data")):
+        assert after[who][name] == pytest.approx(before[who][name], rel=1e-4)
+    assert "4 generator updates" in (copied / "pipeline" / "README.md").read_text()
+    code, output = run_main(capsys, "--eval-only", copied, "--generate", TEXTS[0])
+    assert code == 0, output
+    assert np.asarray(t2i.Image.open(copied / "media" / "generated_1.png")).shape == (32, 256, 3)
+
+
+def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    flags = ["--preset", "smoke", *QUIET, "--no-train-teacher", "--teacher", teacher_folder, "--total-steps", 1]
+    flags += ["--prompts", tmp_path / "prompts.txt", "--log-every", 1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "emd_text2image.py", *flags, "--distributed", "--runs-dir", tmp_path / "two"]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True))
+    assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
+    errors = [rank.communicate(timeout=900)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    one, two = metrics(only(tmp_path / "one")), metrics(only(tmp_path / "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if not key.startswith("perf/"):
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+
+
+def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path):
+    tokenizer = t2i.make_pipeline(settings()).tokenizer
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}
+    config = t2i.transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = t2i.transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    pixels = pictures(TEXTS)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
+    with torch.no_grad():
+        words = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        logits = model(pixel_values=(pixels / 255 - mean) / std, **words).logits_per_image / model.logit_scale.exp()
+    assert t2i.clip_score(str(tmp_path), pixels, TEXTS) == pytest.approx(float(logits.diag().mean()), abs=1e-4)
+    with pytest.raises(t2i.UserError, match="--clip nowhere cannot be loaded"):
+        t2i.clip_score("nowhere", pixels, TEXTS)
+
+
+def test_reference_pictures_and_features_of_large_pictures(tmp_path):
+    for i, picture in enumerate(pictures(TEXTS + TEXTS[:2]).permute(0, 2, 3, 1).numpy()):
+        t2i.Image.fromarray(picture).resize((60, 40)).save(tmp_path / f"{i}.png")
+    args = settings(reference=str(tmp_path))
+    assert torch.cat(list(t2i.load_reference(args))).shape == (8, 3, 32, 32)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(t2i.UserError, match=r"--reference .*3.png cannot be read"):
+        list(t2i.load_reference(args))
+    large = torch.zeros(2, 3, 512, 512, dtype=torch.uint8)
+    large[1, :, 256:] = 200
+    small = t2i.shrink(large)
+    assert small.shape == (2, 3, 256, 256) and small[0].max() == 0
+    assert (small[1, :, :120] == 0).all() and (small[1, :, 136:] == 200).all()
+
+
+def test_the_papers_plan(capsys):
+    t2i.dry_run(t2i.Args())
+    printed = capsys.readouterr().out
+    assert "859,520,964 parameters" in printed and "47 forward passes of 1024" in printed
+    t2i.dry_run(t2i.PRESETS["single-gpu"])
+    (total,) = re.findall(r"memory: +([\d.]+) GB  in all", capsys.readouterr().out)
+    assert 20 < float(total) < 25.7  # 24 GiB
+
+
+SMOKE = ["--preset", "smoke"]
+BAD = [
+    (["--preset", "huge"], "--preset huge"),
+    ([], "--teacher"),
+    (["--teacher", "x"], "--prompts  is empty"),
+    ([*SMOKE, "--teacher", "x"], "--train-teacher"),
+    ([*SMOKE, "--k", 0], "--k 0"),
+    ([*SMOKE, "--gamma-eps", 1.5], "--gamma-eps 1.5"),
+    ([*SMOKE, "--generator-lr", "nan"], "--generator-lr nan"),
+    ([*SMOKE, "--guidance", 0], "--guidance 0"),
+    ([*SMOKE, "--t-min", 900, "--t-max", 800], "--t-max 800"),
+    ([*SMOKE, "--image-size", 40], "--image-size 40"),
+    ([*SMOKE, "--unet-channels", 16], "--unet-channels"),
+    ([*SMOKE, "--vae-channels", 12, 16], "--vae-channels"),
+    ([*SMOKE, "--text-width", 40], "--text-width 40"),
+    ([*SMOKE, "--micro-batch-size", 3], "--micro-batch-size 3"),
+    ([*SMOKE, "--eval-samples", 6], "--eval-samples 6"),
+    ([*SMOKE, "--generate", "a cat"], "--generate a cat needs a run"),
+    ([*SMOKE, "--distributed"], "--distributed"),
+    ([*SMOKE, "--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
+    (["--resume", "/nowhere"], "--resume /nowhere"),
+    (["--eval-only", "/nowhere"], "--eval-only /nowhere"),
+    ([*SMOKE, "--resume", "a", "--eval-only", "b"], "exclude each other"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_what_the_user_can_put_right_is_one_sentence(flags, message, tmp_path, capsys):
+    code, error = run_main(capsys, *flags, "--runs-dir", tmp_path)
+    assert code == 2 and "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("emd_text2image.py: error: ")]
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teacher_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    common = ["--prompts", tmp_path / "prompts.txt", "--runs-dir", tmp_path / "runs", *SMOKE, "--no-train-teacher"]
+    foreign = Path(shutil.copytree(teacher_folder, tmp_path / "foreign"))
+    config = json.loads((foreign / "scheduler" / "scheduler_config.json").read_text())
+    (foreign / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    damaged = Path(shutil.copytree(teacher_folder, tmp_path / "damaged"))
+    (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
+    cases = [
+        (["--teacher", "someone/not-downloaded"], "--teacher someone/not-downloaded cannot be loaded"),
+        (["--teacher", tmp_path / "nowhere"], "nowhere cannot be loaded"),
+        (["--teacher", foreign], "predicts sample"),
+        (["--teacher", damaged], "damaged cannot be loaded"),
+        (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
+        (["--teacher", teacher_folder, "--t-star", 1000], "--t-star 1000 is beyond the teacher's last timestep 999"),
+    ]
+    for flags, message in cases:
+        code, error = run_main(capsys, *common, *flags)
+        (line,) = [line for line in error.splitlines() if line.startswith("emd_text2image.py: error: ")]
+        assert code == 2 and message in line, error
