@@ -922,11 +922,11 @@ def test_image_folders_are_read_and_broken_images_named(tmp_path, capsys):
     assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.uint8
     assert labels.tolist() == [0, 1, 1] and len(images.bad) == 1
     assert "n02/3.jpg" in capsys.readouterr().err
-    flags = [*IMAGENET, "--data-dir", tmp_path / "data", "--runs-dir", tmp_path / "runs"]
-    assert run_main(capsys, *flags)[0] == 0
+    flags = [*IMAGENET, "--data-dir", tmp_path / "data", "--runs-dir"]
+    assert run_main(capsys, *flags, tmp_path / "runs")[0] == 0
     for path in (tmp_path / "data" / "n01").iterdir():
         path.write_bytes(b"")
-    code, error = run_main(capsys, *flags)
+    code, error = run_main(capsys, *flags, tmp_path / "others")  # folders are named by the second
     assert code == 2 and "--data-dir" in error
 
 
