@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The `cpu` preset for one million environment steps, and without GRU for 200,000, a run per seed: about an hour and 12
+# minutes on two idle cores. RUNS says where the run folders go, SEEDS which seeds; an interrupted run goes on with
+# `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=benchmark/results
+
+measure() { # NAME FLAGS...
+  local name=$1 runs=${RUNS:-runs}/$1 command="python ppo_cnnrnn_craftax.py --preset cpu ${*:2}"
+  for seed in ${SEEDS:-1 2}; do
+    compgen -G "$runs/*__s${seed}__*" > /dev/null || $command --seed "$seed" --runs-dir "$runs"
+  done
+  python benchmark/results.py "$name" "$command --seed SEED" "$runs"/ppo_cnnrnn_craftax__cpu__*
+}
+
+measure ppo_cnnrnn_craftax_cpu
+measure ppo_cnnrnn_craftax_no_gru --no-gru --total-steps 200000
+python benchmark/plot.py docs/media/ppo_cnnrnn_craftax_cpu.png reward_percent,score_percent,real_entropy \
+  "PPO, cpu preset=$results/ppo_cnnrnn_craftax_cpu.json" "without GRU=$results/ppo_cnnrnn_craftax_no_gru.json"
+python benchmark/plot.py docs/media/ppo_cnnrnn_craftax_achievements.png achievements \
+  "PPO, cpu preset=$results/ppo_cnnrnn_craftax_cpu.json" "without GRU=$results/ppo_cnnrnn_craftax_no_gru.json"
