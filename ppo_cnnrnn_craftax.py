@@ -91,6 +91,7 @@ class Args:
     eval_episodes: int = 48  # episodes of the final evaluation, stochastic and greedy each (0: none)
     # --- end shared block: policy flags ---
 
+    # --- shared block: derived settings ---
     @property
     def num_iterations(self) -> int:
         return self.total_steps // (self.num_envs * self.num_steps)
@@ -102,6 +103,8 @@ class Args:
     @property
     def compute_dtype(self) -> Any:
         return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
+
+    # --- end shared block: derived settings ---
 
 
 # fmt: off

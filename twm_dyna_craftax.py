@@ -111,6 +111,7 @@ class Args:
     imagination_steps: int = 20  # length of an imagined rollout, at most context
     burn_in: int = 5  # real frames that warm up the GRU before an imagined rollout
 
+    # --- shared block: derived settings ---
     @property
     def num_iterations(self) -> int:
         return self.total_steps // (self.num_envs * self.num_steps)
@@ -122,6 +123,8 @@ class Args:
     @property
     def compute_dtype(self) -> Any:
         return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
+
+    # --- end shared block: derived settings ---
 
 
 # fmt: off

@@ -68,29 +68,28 @@ def half_run(tmp_path_factory):
     return run
 
 
+def run_main(script, capsys, *flags) -> tuple[int, str, str]:
+    """main() of a script's module, in this process: exit code, stdout, stderr."""
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    capsys.readouterr()
+    sys.argv, code, message = [Path(script.__file__).name, *map(str, flags)], 0, ""
+    try:
+        script.main()
+    except SystemExit as end:  # as the interpreter does: a text is printed and exits with 1
+        code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return code, out, err + message
+
+
 @pytest.fixture
 def call_main(monkeypatch, capsys, tmp_path):
-    """The command line without a process of its own: call_main(flags...) -> exit code, stdout, stderr. Run folders go
-    below tmp_path / "runs".
-    """
+    """run_main of twm_dyna_craftax.py: call_main(flags...). Run folders go below tmp_path / "runs"."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, flags)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capsys.readouterr()
-        code, message = 0, ""
-        try:
-            twm.main()
-        except SystemExit as end:  # as the interpreter does: a text is printed and exits with 1
-            code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        out, err = capsys.readouterr()
-        return code, out, err + message
-
-    return call
+    return lambda *flags: run_main(twm, capsys, *flags)
 
 
 @pytest.fixture
@@ -103,6 +102,12 @@ def stub_iteration(monkeypatch):
 
     monkeypatch.setattr(twm, "train_iteration", iteration)
     return ("--preset", "smoke", "--media-every", "0", "--eval-episodes", "0")  # flags that suit it
+
+
+def only(folder: Path) -> Path:
+    """What a folder holds, if it holds one thing."""
+    (found,) = folder.iterdir()
+    return found
 
 
 def metrics_of(folder: Path) -> list[dict]:

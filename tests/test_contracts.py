@@ -29,6 +29,7 @@ ALL = CRAFTAX | EMD
 EXPECTED_BLOCKS = {
     "common flags": ALL,
     "policy flags": CRAFTAX,
+    "derived settings": CRAFTAX,
     "command line": ALL,
     "craftax agent": CRAFTAX,
     "run folder": ALL,

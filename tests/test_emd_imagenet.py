@@ -19,14 +19,14 @@ import tarfile
 import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, metrics_of, only
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import emd_imagenet as emd  # noqa: E402
+import emd_imagenet as emd
 
 UNCLIPPED = 1e9
 ACCELERATOR = emd.Accelerator(cpu=True)
@@ -715,29 +715,9 @@ SMALL = ["--preset", "smoke", "--media-every", 0, "--eval-samples", 0]
 
 
 def run_main(capsys, *flags):
-    """Run the script's main() in this process: exit code and what it printed."""
-    capsys.readouterr()
-    before, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, code = ["emd_imagenet.py", *map(str, flags)], 0
-    try:
-        emd.main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    out, err = capsys.readouterr()
+    """The script's main() in this process: exit code and what it printed."""
+    code, out, err = conftest.run_main(emd, capsys, *flags)
     return code, out + err
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def only(folder):
-    (found,) = folder.iterdir()
-    return found
 
 
 def last_checkpoint(folder):
@@ -777,7 +757,7 @@ def test_smoke_leaves_what_it_promises(smoke):
         assert (smoke / name).stat().st_size > 0
     assert sorted(path.name for path in (smoke / "checkpoints").iterdir()) == ["000000022.pt", "000000024.pt"]
     assert {path.name.split("_")[0] for path in (smoke / "media").glob("*.png")} == {"samples", "teacher", "panel"}
-    lines = metrics(smoke)
+    lines = metrics_of(smoke)
     assert [line["step"] for line in lines] == [*range(2, 25, 2), 24]
     assert {"losses/generator", "chain/z_clipped_share", "chain/residual_rms_s0.3"} <= lines[-2].keys()
     result = json.loads((smoke / "eval.json").read_text())
@@ -790,7 +770,7 @@ def test_logged_keys_are_the_documented_keys(smoke):
     page = (ROOT / "docs" / "emd_imagenet.md").read_text()
     cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
     documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
-    logged = {key for line in metrics(smoke) for key in line if key != "step"}
+    logged = {key for line in metrics_of(smoke) for key in line if key != "step"}
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     assert documented - logged <= {"perf/peak_device_memory_gb", "chain/residual_rms_s0", "chain/residual_rms_s1"}
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
@@ -818,7 +798,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(smoke, tmp_path, 
     code, output = run_main(capsys, "--resume", folder, "--total-steps", 4)
     assert code == 0, output
     assert_same_tensors(last_checkpoint(folder), last_checkpoint(smoke), rtol=0, atol=0)
-    for ours, theirs in zip(metrics(folder), metrics(smoke)[:-1], strict=True):
+    for ours, theirs in zip(metrics_of(folder), metrics_of(smoke)[:-1], strict=True):
         assert all(ours[key] == theirs[key] for key in theirs if not key.startswith("perf/"))
 
 
@@ -874,7 +854,7 @@ def test_two_processes_equal_one(tmp_path, capsys):
     errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         for key in a:
             if not key.startswith("perf/"):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key

@@ -16,16 +16,16 @@ import sys
 import tarfile
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test asks a network
 import torch
+from conftest import ROOT, metrics_of, only
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import emd_text2image as t2i  # noqa: E402
+import emd_text2image as t2i
 
 ACCELERATOR = t2i.Accelerator(cpu=True)
 TEXTS = list(t2i.grammar())[:6]
@@ -327,29 +327,9 @@ QUIET = ["--media-every", 0, "--eval-samples", 0]
 
 
 def run_main(capsys, *flags):
-    """Run the script's main() in this process: exit code and what it printed."""
-    capsys.readouterr()
-    before, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, code = ["emd_text2image.py", *map(str, flags)], 0
-    try:
-        t2i.main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    out, err = capsys.readouterr()
+    """The script's main() in this process: exit code and what it printed."""
+    code, out, err = conftest.run_main(t2i, capsys, *flags)
     return code, out + err
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def only(folder):
-    (found,) = folder.iterdir()
-    return found
 
 
 def tensors(value, name=""):
@@ -386,7 +366,7 @@ def test_smoke_leaves_what_it_promises(smoke):
         assert (smoke / name).stat().st_size > 0
     assert sorted(path.name for path in (smoke / "checkpoints").iterdir()) == ["000000010.pt", "000000012.pt"]
     assert {path.name for path in (smoke / "media").iterdir()} == {"samples_10.png", "samples_12.png"}
-    assert [line["step"] for line in metrics(smoke)] == [2, 4, 6, 8, 10, 12, 12]
+    assert [line["step"] for line in metrics_of(smoke)] == [2, 4, 6, 8, 10, 12, 12]
     result = json.loads((smoke / "eval.json").read_text())
     assert result["samples"] == 16 and result["captions"] == 4
     assert {"frechet_to_data", "accuracy_colour", "accuracy_all", "diversity_ratio"} <= result["student"].keys()
@@ -398,7 +378,7 @@ def test_logged_keys_are_the_documented_keys(smoke):
     page = (ROOT / "docs" / "emd_text2image.md").read_text()
     cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
     documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
-    logged = {key for line in metrics(smoke) for key in line if key != "step"}
+    logged = {key for line in metrics_of(smoke) for key in line if key != "step"}
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     sometimes = {"perf/peak_device_memory_gb", "eval/clip_score"} | {f"chain/residual_rms_t{t}" for t in (0, 250, 750)}
     assert documented - logged <= sometimes
@@ -411,7 +391,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(smoke, copied, capsys):
     assert code == 0 and "000000012.pt cannot be read" in output, output
     saved = [torch.load(run / "checkpoints" / "000000012.pt", weights_only=True) for run in (copied, smoke)]
     assert_same_tensors(*map(tensors, saved))
-    for ours, theirs in zip(metrics(copied), metrics(smoke)[:-1], strict=True):
+    for ours, theirs in zip(metrics_of(copied), metrics_of(smoke)[:-1], strict=True):
         assert all(ours[key] == theirs[key] for key in theirs if not key.startswith("perf/"))
 
 
@@ -465,7 +445,7 @@ def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
     assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
     errors = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    one, two = metrics(only(tmp_path / "one")), metrics(only(tmp_path / "two"))
+    one, two = metrics_of(only(tmp_path / "one")), metrics_of(only(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         for key in a:
             if not key.startswith("perf/"):
