@@ -120,7 +120,7 @@ def cut_windows(held_out: HeldOut, length: int, stride: int) -> HeldOut:
     return jax.tree.map(lambda leaf: leaf[rows].swapaxes(1, 2).reshape(-1, length, *leaf.shape[2:]), held_out)
 
 
-def in_batches(function: Any, steps: twm.Steps, size: int, key: Array) -> Any:
+def in_batches(function: Any, steps: twm.Steps, key: Array, size: int) -> Any:
     """function(part of the steps, key) in parts of one size, for which it is compiled; the last part wraps around."""
     count, parts = len(steps.actions), []
     for start in range(0, count, size):
@@ -286,6 +286,7 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
     metrics["done"] = event_metrics(predicted.done, windows.steps.dones[:, :-1])
 
     within = ~windows.steps.dones[:, :-1].any(1)  # Bool[N]: of one episode
+    twm.require(args, "num_steps", within.any(), "leaves no window within one episode: give more")
     windows, predicted = jax.tree.map(lambda leaf: leaf[within], (windows, predicted))
     steps = windows.steps.replace(frames=None)
     actions = steps.actions[np.asarray(jax.random.permutation(key_shuffle, len(steps.actions)))]
@@ -316,7 +317,7 @@ def plain(tree: Any) -> Any:
 
 
 def print_table(title: str, rows: dict[str, dict]) -> None:
-    print(f"{title:<36}" + "".join(f"{name:>12}" for name in next(iter(rows.values()))))
+    print(f"{title:<36}" + "".join(f"{name:>12}" for name in next(iter(rows.values()), {})))
     for name, row in rows.items():
         print(f"  {name:<34}" + "".join(f"{value:>12.6g}" for value in row.values()))
 
@@ -365,6 +366,7 @@ def load(folder: Path) -> tuple[twm.Args, twm.TrainState]:
 def measure_run(folder: Path, num_envs: int, num_steps: int, seed: int) -> tuple[dict, np.ndarray]:
     """An entry of the result file, and frames for draw_sequences. Raises UserError."""
     started, (args, state) = time.perf_counter(), load(folder)
+    twm.start_jax(args)
     least = max(args.context + 1, args.burn_in + args.imagination_steps)
     trained = int(state.iteration) * args.num_envs * args.num_steps
     args = dataclasses.replace(args, num_envs=num_envs, num_steps=num_steps)
