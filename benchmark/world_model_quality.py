@@ -301,7 +301,8 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
     rates |= {"imagined_done_rate": dones, "real_done_rate": starts.dones[:, args.burn_in :]}
     metrics |= {name: value.mean() for name, value in rates.items()}
     curves |= {name: value.mean(0) for name, value in rates.items()}
-    few = np.linspace(0, len(imagined) - 1, 4 * max(1, 20 // args.context)).astype(int)  # evenly spaced, not chosen
+    rounds = max(1, 20 // args.context)  # of four sequences, evenly spaced, not chosen
+    few = np.linspace(0, len(imagined) - 1, 4 * rounds).astype(int).reshape(4, rounds).T.ravel()
     return metrics, curves, np.stack([windows.steps.frames[few], twm.decode(state.codebook, imagined[few])], axis=1)
 
 
