@@ -158,11 +158,7 @@ def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     monkeypatch.setattr(speed.results, "write", lambda *fields: written.update(zip("ncrs", fields, strict=True)))
     monkeypatch.setattr(speed, "machine_rates", lambda: (1e11, 1e10))
     monkeypatch.setattr(sys, "argv", "speed.py --preset smoke --only encoding --rounds 2".split())
-    cache = jax.config.jax_enable_compilation_cache
-    try:
-        speed.main()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cache)
+    speed.main()
     machine, encoding = written["r"][-2:]
     assert (machine["label"], encoding["label"]) == ("smoke/machine", "smoke/encoding")
     row = encoding["metrics"]
