@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.23,<6", "accelerate>=1.15,<2", "torchmetrics>=1.9,<2",
-#   "safetensors>=0.8,<1", "numpy>=2.0,<3", "scipy>=1.16,<2", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
+#   "safetensors>=0.8,<1", "numpy>=2.0,<3", "scipy>=1.17,<2", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
 #   "imageio-ffmpeg>=0.6,<1", "wandb>=0.25,<1",
 # ]
 # ///
