@@ -246,8 +246,8 @@ def check_args(args: Args) -> None:
         check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
-    low = args.num_classes * (4 if args.num_classes <= 10 else 2)
-    check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
+    least = args.num_classes * (4 if args.num_classes <= 10 else 2)
+    check("eval_samples", not 0 < args.eval_samples < least, f"cannot show every class: give at least {least}, or 0")
     if args.dry_run:
         return
     one = bool(args.teacher) != args.train_teacher
@@ -801,10 +801,6 @@ class Means:
         return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
 
 
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 @contextlib.contextmanager
 def refuse(what: str, way_out: str) -> Iterator[None]:
     """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
@@ -813,7 +809,8 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what} ({describe(error)}); {way_out}.") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -834,9 +831,10 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises one of many types
-            print(f"warning: checkpoint {path} cannot be read ({describe(error)})", file=sys.stderr)
+            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
+                return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
     if paths:
         raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
     return 0, {}
@@ -904,6 +902,32 @@ def loop(
         yield done
 
 
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
+    Features Float[N, D].
+    """
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        # k + 1: every centre is its own nearest neighbour
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
+    as_given.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(as_given)
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    for metric in (distance, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    precision, recall = precision_recall(real, fake)
+    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
+
+
 # --- end shared block: training ---
 
 
@@ -939,36 +963,6 @@ class Features(nn.Module):
             return self.net(images, return_features=True), self.net(images, no_output_bias=True).log()
         features = self.net(to_float(images))
         return features, self.head(features)
-
-
-# --- shared block: comparison ---
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
-    Features Float[N, D].
-    """
-
-    def covered(points: Tensor, centres: Tensor) -> float:
-        # k + 1: every centre is its own nearest neighbour
-        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
-        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
-
-    return covered(fake, real), covered(real, fake)
-
-
-def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
-    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
-    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
-    as_given.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(as_given)
-    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
-    for metric in (distance, kid):
-        metric.update(real, real=True)
-        metric.update(fake, real=False)
-    precision, recall = precision_recall(real, fake)
-    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
-
-
-# --- end shared block: comparison ---
 
 
 class Evaluator:
@@ -1082,12 +1076,11 @@ def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser,
 
 def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
-    state = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
+    state: dict[str, Any] = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
     state["average"].requires_grad_(False)
-    adam = {
-        f"adam_{n}": torch.optim.Adam(state[n].parameters(), betas=(args.beta1, args.beta2)) for n in list(state)[:2]
-    }
-    return state | adam
+    for name in ("generator", "score"):
+        state[f"adam_{name}"] = torch.optim.Adam(state[name].parameters(), betas=(args.beta1, args.beta2))
+    return state
 
 
 def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means: Means) -> None:

@@ -470,6 +470,7 @@ def make_pipeline(args: Args) -> StableDiffusionPipeline:
     """An untrained pipeline for the shapes grammar, drawn from --seed, with Stable Diffusion's noise schedule."""
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.text_width,
@@ -477,9 +478,7 @@ def make_pipeline(args: Args) -> StableDiffusionPipeline:
         num_hidden_layers=args.text_layers,
         num_attention_heads=args.text_width // 32,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     levels = len(args.vae_channels)
     vae = AutoencoderKL(
@@ -797,10 +796,6 @@ class Means:
         return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
 
 
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 @contextlib.contextmanager
 def refuse(what: str, way_out: str) -> Iterator[None]:
     """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
@@ -809,7 +804,8 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what} ({describe(error)}); {way_out}.") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -830,9 +826,10 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises one of many types
-            print(f"warning: checkpoint {path} cannot be read ({describe(error)})", file=sys.stderr)
+            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
+                return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
     if paths:
         raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
     return 0, {}
@@ -900,6 +897,32 @@ def loop(
         yield done
 
 
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
+    Features Float[N, D].
+    """
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        # k + 1: every centre is its own nearest neighbour
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
+        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
+    as_given.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(as_given)
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    for metric in (distance, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    precision, recall = precision_recall(real, fake)
+    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
+
+
 # --- end shared block: training ---
 
 
@@ -910,18 +933,14 @@ tags: [one-step, em-distillation]
 ---
 One-step generator distilled by EM Distillation (arXiv:2405.16852) from `{teacher}`; its licence is the teacher's.
 
-    from diffusers import StableDiffusionPipeline
-    pipe = StableDiffusionPipeline.from_pretrained("FOLDER")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("FOLDER")
     image = pipe("{caption}", num_inference_steps=1, guidance_scale=0).images[0]
 
-Trained for {step:,} generator updates of {batch:,} pictures at {size} px: K = {k}, corrector {corrector}, gamma_eps
-{gamma_eps}, gamma_z {gamma_z}, teacher guidance {guidance}, t* = {t_star}, seed {seed}; {captions:,} captions.
-These are the averaged weights (decay {ema}). Other step counts than 1 and guidance are not supported.
-
-Measured by the script that trained it:
+Averaged weights after {step:,} generator updates on {captions:,} captions. Other step counts than 1 and guidance are
+not supported. Settings, and scores measured by the script that trained it:
 
 ```json
-{scores}
+{facts}
 ```
 """
 
@@ -930,18 +949,16 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
     """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
     if not run.writes:
         return
-    folder, facts = run.folder / "pipeline", run.folder / "eval.json"
+    folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
     parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
-    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(
-        folder.with_suffix(".tmp"), safe_serialization=True
-    )
-    scores = facts.read_text() if facts.exists() else '"not evaluated"'
-    values = dataclasses.asdict(args) | {"teacher": args.teacher or "a pipeline trained on drawn shapes"}
-    values |= {"caption": setup.captions.texts[0], "captions": len(setup.captions.texts), "scores": scores}
-    card = CARD.format(step=step, batch=args.batch_size, size=args.image_size, **values)
-    (folder.with_suffix(".tmp") / "README.md").write_text(card)
+    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(aside)
+    facts = {"settings": dataclasses.asdict(args)}
+    facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
+    texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained on drawn shapes"
+    values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
+    (aside / "README.md").write_text(CARD.format(facts=json.dumps(facts, indent=2), **values))
     shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".tmp").rename(folder)
+    aside.rename(folder)
 
 
 # --- Evaluation ---
@@ -979,36 +996,6 @@ def load_reference(args: Args) -> Iterator[Tensor]:
         with refuse(f"--reference {path} cannot be read", "delete it"):
             image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         yield torch.tensor(np.asarray(image)).permute(2, 0, 1)[None]
-
-
-# --- shared block: comparison ---
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
-    Features Float[N, D].
-    """
-
-    def covered(points: Tensor, centres: Tensor) -> float:
-        # k + 1: every centre is its own nearest neighbour
-        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
-        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
-
-    return covered(fake, real), covered(real, fake)
-
-
-def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
-    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
-    as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
-    as_given.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(as_given)
-    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
-    for metric in (distance, kid):
-        metric.update(real, real=True)
-        metric.update(fake, real=False)
-    precision, recall = precision_recall(real, fake)
-    return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
-
-
-# --- end shared block: comparison ---
 
 
 @torch.no_grad()
@@ -1150,14 +1137,14 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
         return denoising_loss(denoiser, latent, t, noise.normal_like(latent), features)
 
     def update(done: int, means: Means) -> None:
-        def step(name: str, part: int, parts: int, *what: Any) -> None:
-            lr = args.teacher_lr * min(1.0, 10 * part / parts)
-            accumulate(args, means, name, (0, done), args.teacher_batch_size, *what, lr)
-
-        if done <= args.vae_steps:
-            return step("autoencoder", done, args.vae_steps, vae_loss, adam_vae)
-        step("denoising", done - args.vae_steps, args.teacher_steps, unet_loss, adam)
-        update_ema(average, net, ema_decay(done - args.vae_steps, args))
+        stage = "autoencoder", done, args.vae_steps, vae_loss, adam_vae
+        if done > args.vae_steps:
+            stage = "denoising", done - args.vae_steps, args.teacher_steps, unet_loss, adam
+        name, part, parts, loss_of, optimizer = stage
+        lr = args.teacher_lr * min(1.0, 10 * part / parts)
+        accumulate(args, means, name, (0, done), args.teacher_batch_size, loss_of, optimizer, lr)
+        if name == "denoising":
+            update_ema(average, net, ema_decay(part, args))
 
     state = {"vae": vae, "net": net, "average": average, "adam_vae": adam_vae, "adam": adam}
     if saved:
@@ -1329,31 +1316,28 @@ def evaluate(args: Args, acc: Accelerator) -> None:
 
 
 def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[str, float]:
-    """Estimated GB of one process: what is stored, exactly; activations by the outputs of the layers of one backward
-    pass, of which checkpointing keeps those of the blocks and one block's own.
+    """Estimated GB of one process: what is stored, exactly; activations by the outputs of the layers of one pass, of
+    which checkpointing keeps those of the blocks and one block's own.
     """
-    weights, kept, blocks = sum(p.numel() for p in unet.parameters()) / 1e9, {}, {}
+    inside, outputs = Counter(), Counter()
+    weights, size = sum(p.numel() for p in unet.parameters()) / 1e9, 2 if args.dtype == "bf16" else 4
+
+    def note(sizes: Counter, block: str, part: nn.Module, inputs: Any, output: Any) -> None:
+        sizes[block] += (output[0] if isinstance(output, tuple) else output).numel() * size / 1e9
+
     for name, part in unet.named_modules():
-        block = re.match(r"(\w+_blocks?\.(?:\d+\.)?(?:resnets|attentions)\.\d+)(\..*)?$", name)
-
-        def count(part: nn.Module, inputs: Any, output: Any, block: Any = block, name: str = name) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            size = output.numel() * (2 if args.dtype == "bf16" else 4) / 1e9 if torch.is_tensor(output) else 0
-            if not list(part.children()):
-                owner = block[1] if block else ""
-                kept[owner] = kept.get(owner, 0) + size
-            if block and not block[2]:
-                blocks[name] = size
-
-        part.register_forward_hook(count)
+        block = re.match(r"(\w+_blocks?\.(\d+\.)?(resnets|attentions)\.\d+)?", name)[0]
+        if not list(part.children()):
+            part.register_forward_hook(functools.partial(note, inside, block))
+        elif name and name == block:
+            part.register_forward_hook(functools.partial(note, outputs, block))
     unet(latent, torch.zeros(len(latent)), text)
-    peak = sum(blocks.values()) + max(kept.values()) if args.checkpointing else sum(kept.values())
-    moments = 1 if not args.beta1 else 2
+    peak = outputs.total() + max(inside.values()) if args.checkpointing else inside.total()
     return {
-        "teacher's UNet": weights * (2 if args.dtype == "bf16" else 4),
+        "teacher's UNet": weights * size,
         "generator, its average, score network": 3 * 4 * weights,
         "gradients, of one network at a time": 4 * weights,
-        "optimisers": 2 * 4 * weights * moments,
+        "optimisers": 2 * 4 * weights * (2 if args.beta1 else 1),
         "activations of a micro-batch": peak,
     }
 

@@ -36,7 +36,6 @@ EXPECTED_BLOCKS = {
     "craftax run": CRAFTAX,
     "estimator": EMD,
     "training": EMD,
-    "comparison": EMD,
     "main": EMD,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
