@@ -635,24 +635,17 @@ def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args)
 # --- end shared block: estimator ---
 
 
-def denoising_loss(
-    net: Denoiser, x: Tensor, sigma: Tensor, eps: Tensor, labels: Tensor, mask_seed: int | None
-) -> Tensor:
-    """[EDM] Eq. (2) with its weight (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2: for teacher and student
-    score network. Sum over pixels, mean over the batch.
-    """
-    error = net(x + sigma * eps, sigma, labels, mask_seed) - x
-    return (error / precondition(sigma, net.vp)[1]).pow(2).flatten(1).sum(1).mean()
-
-
 def draw_sigma(args: Args, noise: "Noise", count: int) -> Tensor:
     return (args.sigma_mean + args.sigma_std * noise.normal(count, 1, 1, 1)).exp()
 
 
-def draw_loss(args: Args, net: Denoiser, x: Tensor, labels: Tensor, noise: "Noise") -> Tensor:
-    """The denoising loss of images at random levels, with random dropout."""
+def denoising_loss(args: Args, net: Denoiser, x: Tensor, labels: Tensor, noise: "Noise") -> Tensor:
+    """[EDM] Eq. (2) with its weight (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2, levels, noise and dropout
+    drawn: for teacher and student score network. Sum over pixels, mean over the batch.
+    """
     mask_seed, sigma = int(noise.integers(2**31, 1)), draw_sigma(args, noise, len(x))
-    return denoising_loss(net, x, sigma, noise.normal_like(x), labels, mask_seed)
+    error = net(x + sigma * noise.normal_like(x), sigma, labels, mask_seed) - x
+    return (error / precondition(sigma, net.vp)[1]).pow(2).flatten(1).sum(1).mean()
 
 
 def heun(denoise: Callable, z: Tensor, steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -1042,7 +1035,7 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
 
     def loss_of(noise: Noise, count: int) -> Tensor:
         pixels, labels = images(noise.integers(len(images.labels), count).cpu())
-        return draw_loss(args, net, to_float(pixels.to(acc.device)), labels.to(acc.device), noise)
+        return denoising_loss(args, net, to_float(pixels.to(acc.device)), labels.to(acc.device), noise)
 
     def update(done: int, means: Means) -> None:
         lr = args.teacher_lr * min(1.0, 10 * done / args.teacher_steps)
@@ -1093,7 +1086,7 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
         labels, z = draw(noise, count)
         with torch.no_grad():
             x = generate(generator, z, labels, args.sigma_star)
-        return draw_loss(args, score, x, labels, noise)
+        return denoising_loss(args, score, x, labels, noise)
 
     def generator_loss(noise: Noise, count: int) -> Tensor:
         labels, z = draw(noise, count)

@@ -485,22 +485,13 @@ def make_pipeline(args: Args) -> StableDiffusionPipeline:
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
         block_out_channels=args.vae_channels,
-        latent_channels=4,
         norm_num_groups=math.gcd(32, *args.vae_channels),
         sample_size=args.image_size,
     )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     more = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": args.prediction}
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        unet=make_unet(args).eval(),
-        scheduler=DDIMScheduler(**betas, **more),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = vae, CLIPTextModel(text_config).eval(), tokenizer, make_unet(args).eval(), DDIMScheduler(**betas, **more)
+    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # nothing to check pictures with
 
 
 def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusionPipeline:

@@ -454,8 +454,9 @@ def test_the_preconditioned_network_is_the_formula():
     c_out = 0.5 * sigma / (sigma**2 + 0.25).sqrt()
     torch.testing.assert_close(teacher(y, sigma, labels), 0.25 / (sigma**2 + 0.25) * y + c_out * raw)
     x = 0.1 * eps
-    loss = emd.denoising_loss(teacher, x, sigma, eps, labels, None)
-    error = (teacher(x + sigma * eps, sigma, labels) - x).pow(2).sum((1, 2, 3))
+    loss, twin = emd.denoising_loss(args, teacher, x, labels, emd.Noise("cpu", 5)), emd.Noise("cpu", 5)
+    mask_seed, sigma = int(twin.integers(2**31, 1)), emd.draw_sigma(args, twin, len(x))
+    error = (teacher(x + sigma * twin.normal_like(x), sigma, labels, mask_seed) - x).pow(2).sum((1, 2, 3))
     torch.testing.assert_close(loss, (error * ((sigma**2 + 0.25) / (0.5 * sigma) ** 2).flatten()).mean())
 
 
@@ -693,9 +694,8 @@ def test_a_ring_of_modes_is_learnt_without_losing_any():
     assert before[0] < 0.15
     assert after[0] > 0.5 and after[1] == 8 and after[2] < 0.2
     # The student score network knows the student's samples better than the teacher does.
-    x, eps = emd.generate(state["generator"], z, labels, 1.0).detach(), normal_from(8)(z)
-    sigma = emd.draw_sigma(args, emd.Noise("cpu", 7), len(z))
-    losses = [emd.denoising_loss(net, x, sigma, eps, labels, None).item() for net in (state["score"], teacher)]
+    x, nets = emd.generate(state["generator"], z, labels, 1.0).detach(), (state["score"], teacher)
+    losses = [emd.denoising_loss(args, net, x, labels, emd.Noise("cpu", 7)).item() for net in nets]
     assert losses[0] < losses[1], losses
 
 
