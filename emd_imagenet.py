@@ -505,7 +505,7 @@ def load_teacher(args: Args, name: str) -> Denoiser:
         images = load_images(args)
         pixels, labels = images(torch.arange(len(images.labels)))
         return Denoiser(args, None, GaussianMixture(to_float(pixels).flatten(1), args.gmm_std, labels=labels))
-    way_out = "give a diffusers UNet2DModel folder (config.json, safetensors) or an OpenAI-format file"
+    way_out = "give a diffusers UNet2DModel folder (safetensors) or an OpenAI-format file of --unet-channels' layout"
     with refuse(f"--teacher {name} cannot be loaded", way_out):
         if Path(name).suffix in {".pt", ".safetensors"}:
             pickled = name.endswith(".pt")  # weights_only: nothing in the file is executed
