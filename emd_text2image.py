@@ -1166,15 +1166,6 @@ class Setup:
         return ddim(lambda y, t: self.teacher(y, t, text), z, self.teacher.levels, self.ddim_steps)
 
 
-def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser, text: Tensor, t: Tensor):
-    """generator: z -> x and difference: (y, s) -> Delta of these captions and timesteps, for e_step and m_step_loss."""
-
-    def difference(y: Tensor, sigma: Tensor) -> Tensor:
-        return denoiser_difference(teacher, score, y, t, text)
-
-    return lambda z: generate(generator, z, text, args.t_star), difference
-
-
 def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
     state: dict[str, Any] = {name: copy.deepcopy(teacher) for name in ("generator", "score", "average")}
@@ -1206,7 +1197,11 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
         t, eps = args.t_min + noise.integers(args.t_max - args.t_min + 1, count), noise.normal_like(z)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
-        g, difference = players(args, teacher, generator, score, text, t)
+        g = functools.partial(generate, generator, text=text, t_star=args.t_star)
+
+        def difference(y: Tensor, sigma: Tensor) -> Tensor:
+            return denoiser_difference(teacher, score, y, t, text)
+
         chain = e_step(g, difference, z, eps, teacher.sigma(t), noise.normal_like, args)
         # 3. M-step.
         generator.requires_grad_(True)

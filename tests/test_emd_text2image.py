@@ -165,7 +165,13 @@ def first_residual(args, setup):
     setup.teacher.store_bf16()
     text, z, eps = setup.captions(torch.arange(4)), normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1)
     t = torch.tensor([20, 300, 700, 979])
-    g, difference = t2i.players(args, setup.teacher, state["generator"], state["score"], text, t)
+
+    def g(z):
+        return t2i.generate(state["generator"], z, text, args.t_star)
+
+    def difference(y, sigma):
+        return t2i.denoiser_difference(setup.teacher, state["score"], y, t, text)
+
     chain = t2i.e_step(g, difference, z, eps, setup.teacher.sigma(t), t2i.Noise("cpu", 0).normal_like, args)
     return t2i.m_step_loss(g, chain, args)[1]
 
