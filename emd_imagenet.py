@@ -885,12 +885,11 @@ def loop(
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
             left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
-            if run.writes:
-                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
         if run.writes and (run.stop or last or done % args.save_every == 0):
             save_checkpoint(run.folder, offset + done, state)
         if run.stop and not last:
-            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
+            acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
         yield done
 
@@ -1045,8 +1044,7 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     state = {"teacher": net, "average": average, "adam": adam}
     if saved:
         restore(run.folder, state, saved)
-    if run.writes:
-        print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher", flush=True)
+    acc.print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher", flush=True)
     done = max([first, *loop(args, run, acc, first, args.teacher_steps, 0, state, update)])
     if run.writes and done == args.teacher_steps:
         average.unet.save_pretrained(run.folder / "teacher.tmp")
@@ -1171,8 +1169,7 @@ def train(args: Args, acc: Accelerator) -> None:
         step, saved = args.teacher_steps, {}
     teacher, state = load_everything(args, run, acc, saved)
     offset = args.teacher_steps * args.train_teacher
-    if run.writes:
-        print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
+    acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)

@@ -878,12 +878,11 @@ def loop(
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
             left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
-            if run.writes:
-                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
         if run.writes and (run.stop or last or done % args.save_every == 0):
             save_checkpoint(run.folder, offset + done, state)
         if run.stop and not last:
-            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
+            acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
         yield done
 
@@ -1141,7 +1140,7 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     if saved:
         restore(run.folder, state, saved)
     updates = args.vae_steps + args.teacher_steps
-    print(f"{run.folder}: {args.vae_steps:,} updates of the autoencoder, {args.teacher_steps:,} of the UNet")
+    acc.print(f"{run.folder}: {args.vae_steps:,} updates of the autoencoder, {args.teacher_steps:,} of the UNet")
     done = max([first, *loop(args, run, acc, first, updates, 0, state, update)])
     if run.writes and done == updates:
         vae.register_to_config(scaling_factor=scale())
@@ -1266,7 +1265,7 @@ def train(args: Args, acc: Accelerator) -> None:
     needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
     free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
     require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
-    print(f"{run.folder}: {args.total_steps:,} updates of the generator")
+    acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
         last = done == args.total_steps
