@@ -942,7 +942,8 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
     folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
     parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
     StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(aside)
-    facts = {"settings": dataclasses.asdict(args)}
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if not isinstance(value, str)}
+    facts = {"settings": settings}  # without texts, which may be paths of this machine
     facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
     texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained on drawn shapes"
     values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
