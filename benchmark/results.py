@@ -41,6 +41,10 @@ def commit_of(script: Path) -> str | None:
     return found[0] if found else None
 
 
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
 def wall_seconds(lines: list[dict]) -> float:
     """Of the phases and of compiling, which is counted apart (JAX), or of the updates (EM Distillation)."""
     seconds, before = 0.0, 0
@@ -70,7 +74,7 @@ def read_run(folder: Path, label: str = "") -> dict:
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
         "curve": {
             "step": [line["step"] for line in lines],
-            **{key.split("/")[1]: [line.get(key) for line in lines] for key in keys},
+            **{key.split("/")[1]: [rounded(line.get(key)) for line in lines] for key in keys},
         },
     }
 
