@@ -126,14 +126,6 @@ def policy_flops(args: twm.Args) -> tuple[float, float]:
     return flops, 3 * flops - first
 
 
-def world_model_flops(args: twm.Args, vocab: int, steps: int) -> float:
-    """Products of a forward pass over one sequence; a token meets the tokens of its own and earlier steps only."""
-    width, tokens = args.wm_size, steps * twm.BLOCK
-    layer = 2 * 12 * tokens * width**2 + 4 * width * twm.BLOCK**2 * steps * (steps + 1) / 2
-    heads = steps * 81 * 2 * (width**2 + width * vocab) + steps * 2 * 2 * (width**2 + 2 * width)
-    return args.wm_layers * layer + heads
-
-
 def setup(args: twm.Args) -> SimpleNamespace:
     """Fresh learners, one rollout (of a tiny policy, which is as random), and what a run keeps after collecting it."""
     key_policy, key_model, key_env, key_roll, key_codes = jax.random.split(jax.random.PRNGKey(args.seed), 5)
@@ -244,14 +236,14 @@ def parts_of(args: twm.Args, data: SimpleNamespace) -> dict[str, SimpleNamespace
     inputs, count = lambda: (data.model, size, data.replay, key), sequences * context * twm.BLOCK
     ours = (twm.world_model_step, (args, vocab), inputs, 1, put("model"))
     other = plain.world_model_step, (fewer,), inputs, fewer.wm_batch_size / sequences
-    flops, bytes = 3 * sequences * world_model_flops(args, vocab, context), 2 * bytes_of(data.model) + 2 * count
+    flops, bytes = 3 * sequences * twm.world_model_flop(args, vocab, context), 2 * bytes_of(data.model) + 2 * count
     add("world_model_step", f"step on {count} tokens, {vocab} codes", ours, other, flops, bytes)
     fewer = replace(args, imagination_envs=less.get("imagined_rollout", dreams))
     rest = lambda: (data.model.params, data.grown, data.replay, key)  # noqa: E731
     ours = our_rollout, (args, vocab), lambda: (data.policy, *rest()), dreamt
     other = plain.imagined_rollout, (fewer, vocab), lambda: (data.policy.params, *rest())
     other = (*other, dreamt * fewer.imagination_envs / dreams)
-    flops = world_model_flops(args, vocab, dreamt) / dreamt + forward * (1 + (args.burn_in + 1) / dreamt)
+    flops = twm.world_model_flop(args, vocab, dreamt) / dreamt + forward * (1 + (args.burn_in + 1) / dreamt)
     cache = 4 * 2 * args.wm_layers * dreams * twm.BLOCK * args.wm_size * (dreamt + 1) / 2  # read at a step, on average
     bytes = params + bytes_of(data.model.params) + cache + dreams * pixels
     add("imagined_rollout", f"step of {dreams} environments", ours, other, dreams * flops, bytes)
