@@ -1109,6 +1109,12 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
     run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
 
 
+def world_model_flop(args: Args, vocab: int, steps: int) -> int:
+    """Products of a forward pass over one sequence. A token meets those of its own and of earlier steps."""
+    layer = 24 * steps * BLOCK * args.wm_size**2 + 2 * args.wm_size * BLOCK**2 * steps * (steps + 1)
+    return args.wm_layers * layer + 2 * steps * (BLOCK - 1) * args.wm_size * (args.wm_size + vocab)
+
+
 def dry_run(args: Args) -> None:
     """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
     state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
@@ -1118,11 +1124,12 @@ def dry_run(args: Args) -> None:
     model, _ = jax.block_until_ready(train_step(init_world_model(args, key), jnp.int32(vocab), replay, key))
     start = time.perf_counter()
     jax.block_until_ready(train_step(model, jnp.int32(vocab), replay, key))
-    seconds, flop = time.perf_counter() - start, train_step.cost_analysis()["flops"]
+    seconds = time.perf_counter() - start
+    flop = 3 * args.wm_batch_size * world_model_flop(args, vocab, args.context)  # a backward pass counts as two
     env, act_once = state.env, jax.jit(functools.partial(act, args, greedy=False))
     policy = act_once.lower(state.policy.params, env.frame, env.reset, env.hidden, key).cost_analysis()["flops"]
-    frame = policy / args.num_envs  # one policy forward; a backward pass counts as two
-    dream = flop / 3 * dreamt / (args.wm_batch_size * args.context)
+    frame = policy / args.num_envs  # one policy forward
+    dream = args.imagination_envs * world_model_flop(args, vocab, args.imagination_steps)
     dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
     last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
     plan = {  # iterations, gradient steps in each, FLOP in each
@@ -1138,10 +1145,8 @@ def dry_run(args: Args) -> None:
         print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
     state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
     print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
-    tokens, eta = (
-        args.wm_batch_size * args.context * BLOCK,
-        sum(n * work for n, _, work in plan.values()) / flop * seconds,
-    )
+    tokens = args.wm_batch_size * args.context * BLOCK
+    eta = sum(n * work for n, _, work in plan.values()) / flop * seconds
     print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
     print(f"measured       a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
     print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
