@@ -114,14 +114,6 @@ def test_the_plain_imagined_rollout(data):
     assert len(np.unique(found[0][1:].reshape(-1, 63 * 63 * 3), axis=0)) > 1
 
 
-def test_the_plain_rollout(data):
-    env = twm.init_env(data.args, jax.random.PRNGKey(1))
-    inputs = data.args, data.policy.params, env, data.key
-    found, (_, rollout, _) = jax.jit(plain.collect, static_argnums=0)(*inputs), twm.collect(*inputs)
-    assert_trees_close(found, [getattr(rollout, name) for name in ROLLOUT], rtol=1e-4, atol=1e-4)
-    assert len(np.unique(found[2])) > 1  # several actions
-
-
 def test_dropout_of_the_plain_world_model_drops(data):
     args = dataclasses.replace(data.args, wm_dropout=0.5)
     run = jax.jit(plain.world_model_step, static_argnums=0)
