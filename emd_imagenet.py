@@ -26,6 +26,7 @@ lambda = -2 ln s log signal-to-noise ratio. Axes: B images of a micro-batch, C H
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -36,6 +37,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -223,16 +225,15 @@ def check_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is read or computed. Raises UserError."""
     check = functools.partial(require, args)
     may_be_0 = {"seed", "total_steps", "unet_attention", "eval_samples", "eval_every", "media_every", "mcmc_steps"}
-    above_0, either_sign = {"gamma_eps", "sigma_min", "sigma_std", "z_clip", "gmm_std"}, {"sigma_mean", "lambda_star"}
-    high = dict.fromkeys(("dropout", "gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1) | {"seed": 2**32}
-    high |= dict.fromkeys(either_sign, 20)
+    low = dict.fromkeys(may_be_0, 0) | {"sigma_mean": -20, "lambda_star": -20}
+    low |= dict.fromkeys(("gamma_eps", "sigma_min", "sigma_std", "z_clip", "gmm_std"), 1e-6)
+    high = dict.fromkeys(("dropout", "gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1)
+    high |= {"seed": 2**32, "sigma_mean": 20, "lambda_star": 20}
     for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                low = -20 if name in either_sign else int(type(number) is int and name not in may_be_0)
-                fits = low <= number < high.get(name, math.inf) and (number > 0 or name not in above_0)
-                word = "above" if name in above_0 else "from"
-                check(name, fits, f"is out of range: give numbers {word} {low} to below {high.get(name, math.inf)}")
+                least, most = low.get(name, int(type(number) is int)), high.get(name, math.inf)
+                check(name, least <= number < most, f"is out of range: give numbers from {least} to below {most}")
     sizes = {"digits": (8,), "fashion": (16, 32)}.get(args.dataset, (args.image_size,))
     check("image_size", args.image_size in sizes, f"does not exist for --dataset {args.dataset}: try {sizes[0]}")
     check("data_dir", args.dataset != "digits" or not args.data_dir, "is not for --dataset digits: leave it out")
@@ -245,8 +246,8 @@ def check_args(args: Args) -> None:
         check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
-    low = args.num_classes * (4 if args.num_classes <= 10 else 2)
-    check("eval_samples", not 0 < args.eval_samples < low, f"cannot show every class: give at least {low}, or 0")
+    least = args.num_classes * (4 if args.num_classes <= 10 else 2)
+    check("eval_samples", not 0 < args.eval_samples < least, f"cannot show every class: give at least {least}, or 0")
     if args.dry_run:
         return
     one = bool(args.teacher) != args.train_teacher
@@ -297,47 +298,41 @@ class Images:
             return self.decode((index + 1) % len(self.parts))
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """One file of Fashion-MNIST: four bytes of type and rank, the sizes, the values. Raises UserError."""
-    try:
-        raw = gzip.decompress(path.read_bytes())
-        sizes = np.frombuffer(raw, ">i4", raw[3], offset=4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        way_out = "install the Debian package dataset-fashion-mnist, or name a folder with its four idx.gz files"
-        raise UserError(f"--data-dir {path.parent}: {path.name} cannot be read ({error}); {way_out}.") from error
-
-
-def index_shard(path: Path) -> list[tuple[tuple[Path, int, int], int]]:
+def index_shard(path: Path) -> Iterator[tuple[tuple[Path, int, int], int]]:
     """Where the images of an uncompressed webdataset shard lie, and the class numbers beside them (NAME.cls)."""
     with tarfile.open(path, "r:") as shard:
         members = {member.name: member for member in shard if member.isfile()}
-        labels = {name[:-4]: int(shard.extractfile(members[name]).read()) for name in members if name.endswith(".cls")}
-    images = [(*os.path.splitext(name), member) for name, member in members.items()]
-    return [
-        ((path, member.offset_data, member.size), labels[stem])
-        for stem, kind, member in images
-        if kind.lower() in IMAGE_KINDS and stem in labels
-    ]
+        for name, member in members.items():
+            stem, kind = os.path.splitext(name)
+            if kind.lower() in IMAGE_KINDS and f"{stem}.cls" in members:
+                label = int(shard.extractfile(members[f"{stem}.cls"]).read())
+                yield (path, member.offset_data, member.size), label
 
 
 def load_imagenet(args: Args) -> Images:
     """Class folders or webdataset shards below --data-dir. Raises UserError."""
-    root, found, problem = Path(args.data_dir), [], "it has neither class folders of images nor .tar shards of them"
+    check, way_out = functools.partial(require, args, "data_dir"), "name ImageNet's train folder"
+    root, found = Path(args.data_dir), []
     shards, classes = sorted(root.glob("*.tar")), sorted(path for path in root.glob("*") if path.is_dir())
-    try:
-        for shard in shards:
+    for shard in shards:
+        with refuse(f"--data-dir {root}: {shard.name} is no readable shard", way_out):
             found += index_shard(shard)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        found, problem = [], f"{shard.name} is no readable shard ({error})"
     for label, folder in () if shards else enumerate(classes):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_KINDS)
         found += [((path, 0, -1), label) for path in files]
-    if not all(0 <= label < args.num_classes for _, label in found):
-        found, problem = [], f"it has more than {args.num_classes} classes"
-    require(args, "data_dir", bool(found), f"cannot be used: {problem}; name ImageNet's train folder")
+    check(bool(found), f"holds neither class folders of images nor .tar shards of them: {way_out}")
     parts, labels = zip(*found, strict=True)
+    check(min(labels) >= 0 and max(labels) < args.num_classes, f"has more than {args.num_classes} classes: {way_out}")
     return Images(labels, parts=list(parts), size=args.image_size)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """One file of Fashion-MNIST: four bytes of type and rank, the sizes, the values. Raises UserError."""
+    way_out = "install the Debian package dataset-fashion-mnist, or name a folder with its four idx.gz files"
+    with refuse(f"--data-dir {path.parent}: {path.name} cannot be read", way_out):
+        raw = gzip.decompress(path.read_bytes())
+        sizes = np.frombuffer(raw, ">i4", raw[3], offset=4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
 
 
 def load_images(args: Args) -> Images:
@@ -357,18 +352,6 @@ def load_images(args: Args) -> Images:
     if args.image_size == 16:
         pixels = np.round(pixels.reshape(-1, 16, 2, 16, 2).mean((2, 4))).astype(np.uint8)
     return Images(labels.astype(int), pixels[:, None])
-
-
-# --- shared block: pixels ---
-def to_float(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-# --- end shared block: pixels ---
 
 
 # --- Networks ---
@@ -452,32 +435,24 @@ ADM_OUTSIDE |= {"out.2": "conv_out"}
 
 
 def from_adm(unet: UNet2DModel, adm: dict[str, Tensor], heads: int | None = None) -> dict[str, Tensor]:
-    """State dict of `unet` from OpenAI's names. They number one flat list of blocks down and one up, each holding a
-    residual block, perhaps attention, and on the way up perhaps an upsampler. Queries, keys and values lie one after
-    the other, each with all heads; with `heads`, head after head, each with its three. Raises KeyError.
+    """State dict of `unet` from OpenAI's names. Both number their residual blocks, up- and downsamplers among them, and
+    their attentions in the order of the forward pass. Queries, keys and values lie one after the other, each with all
+    heads; with `heads`, head after head, each with its three. Raises KeyError, ValueError.
     """
-    places, index = [("middle_block.0", "mid_block.resnets.0"), ("middle_block.2", "mid_block.resnets.1")], 1
-    attentions = [("middle_block.1", "mid_block.attentions.0")]
-    for side, blocks in (("input", unet.down_blocks), ("output", unet.up_blocks)):
-        for level, block in enumerate(blocks):
-            here, attends = f"{'down' if side == 'input' else 'up'}_blocks.{level}", hasattr(block, "attentions")
-            for layer in range(len(block.resnets)):
-                places.append((f"{side}_blocks.{index}.0", f"{here}.resnets.{layer}"))
-                attentions += [(f"{side}_blocks.{index}.1", f"{here}.attentions.{layer}")] * attends
-                index += 1
-            if getattr(block, "downsamplers", None):
-                places.append((f"{side}_blocks.{index}.0", f"{here}.downsamplers.0"))
-                index += 1
-            if getattr(block, "upsamplers", None):
-                places.append((f"{side}_blocks.{index - 1}.{1 + attends}", f"{here}.upsamplers.0"))
-        index = 0
-    wanted, state = unet.state_dict(), {}
-    pairs = [(f"{old}.{a}", f"{new}.{b}") for old, new in places for a, b in ADM_RESNET.items()]
+    ours = sorted(dict(unet.named_modules()), key=lambda name: name[:1])  # down, mid, up
+
+    def pairs(mark: str, kind: str) -> list[tuple[str, str]]:
+        prefixes = {name.partition(mark)[0] for name in adm if mark in name}  # input, middle, output
+        theirs = sorted(prefixes, key=lambda name: (name[0], *map(int, re.findall(r"\d+", name))))
+        return list(zip(theirs, [name for name in ours if re.search(kind, name)], strict=True))
+
+    blocks, wanted, state = pairs(".in_layers.0", r"(resnets|samplers)\.\d+$"), unet.state_dict(), {}
+    names = [(f"{old}.{a}", f"{new}.{b}") for old, new in blocks for a, b in ADM_RESNET.items()]
     for part in ("weight", "bias"):
-        for old, new in pairs + list(ADM_OUTSIDE.items()):
+        for old, new in names + list(ADM_OUTSIDE.items()):
             if f"{new}.{part}" in wanted:  # only some residual blocks have a skip convolution
                 state[f"{new}.{part}"] = adm[f"{old}.{part}"]
-        for old, new in attentions:  # 1x1 convolutions there, linear layers here
+        for old, new in pairs(".qkv", r"attentions\.\d+$"):  # 1x1 convolutions there, linear layers here
             qkv = adm[f"{old}.qkv.{part}"]
             qkv = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2) if heads else qkv
             named = dict(zip(("to_q", "to_k", "to_v"), qkv.chunk(3), strict=True))
@@ -530,7 +505,8 @@ def load_teacher(args: Args, name: str) -> Denoiser:
         images = load_images(args)
         pixels, labels = images(torch.arange(len(images.labels)))
         return Denoiser(args, None, GaussianMixture(to_float(pixels).flatten(1), args.gmm_std, labels=labels))
-    try:
+    way_out = "give a diffusers UNet2DModel folder (safetensors) or an OpenAI-format file of --unet-channels' layout"
+    with refuse(f"--teacher {name} cannot be loaded", way_out):
         if Path(name).suffix in {".pt", ".safetensors"}:
             pickled = name.endswith(".pt")  # weights_only: nothing in the file is executed
             weights = torch.load(name, "cpu", weights_only=True) if pickled else safetensors.torch.load_file(name)
@@ -539,10 +515,6 @@ def load_teacher(args: Args, name: str) -> Denoiser:
         else:
             inner = {"subfolder": "unet"} if (Path(name) / "unet").is_dir() else {}
             unet = UNet2DModel.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **inner)
-    except Exception as error:  # a damaged, foreign or missing teacher raises one of many types
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        way_out = "give a diffusers UNet2DModel folder (config.json, safetensors) or an OpenAI-format file"
-        raise UserError(f"--teacher {name} cannot be loaded ({problem}); {way_out}.") from error
     shape, classes = (unet.config.in_channels, *[unet.config.sample_size] * 2), unet.config.num_class_embeds
     if (shape, classes) != (args.image_shape, args.num_classes):
         flags = f"--dataset {args.dataset} --image-size {args.image_size}: {args.image_shape} of {args.num_classes}"
@@ -575,24 +547,27 @@ def denoiser_difference(
 # --- shared block: estimator ---
 @dataclass
 class Chain:
-    """Where the E-step ended. Offsets count from `x`."""
+    """Where the E-step ended: y_K = x + clean + sigma nu."""
 
     z0: Tensor
     z: Tensor  # z_K
     sigma: Tensor
     x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
-    noisy: Tensor  # offset s eps_K
-    clean: Tensor  # the same less s nu_K, by a recursion that never sees the noise
+    clean: Tensor  # the noise-free part of y - x, by a recursion that never sees the noise
     nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
     last: Tensor  # noise injected in the last step
     logs: dict[str, Tensor]  # Float[B] each
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.flatten(1).pow(2).mean(1).sqrt()
 
 
 def e_step(
     generator: Callable, difference: Callable, z: Tensor, eps: Tensor, sigma: Tensor, normal_like: Callable, args: Args
 ) -> Chain:
     """[EMD] E-step: K Langevin steps on rho(eps, z), log rho = ln q(y) - ln p(y) - |eps|^2/2 - |z|^2/2, started
-    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz:
+    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz and eps = clean / s + nu:
         eps <- (1 - gamma_eps) eps + gamma_eps Delta / s         + sqrt(2 gamma_eps) n
         z   <- (1 - gamma_z)   z   + gamma_z   J^T Delta / s^2   + sqrt(2 gamma_z)   n'
     In (x, z) the state is y, gamma_eps s^2 is its step, and J^T (y - g(z)) / s^2 pulls z. generator: z -> x,
@@ -609,38 +584,33 @@ def e_step(
         if args.moves_z or step == 0:
             z, before = z.detach().requires_grad_(args.moves_z), x
             x = generator(z)
-            if in_x and step > 0:  # z moved and y did not: the offsets of y from g(z) did
-                jump = (before - x).detach()
-                eps, clean = eps + jump / sigma, clean + jump
-        delta = difference(x.detach() + sigma * eps, sigma)
+            if in_x and step > 0:  # z moved and y did not: the offset of y from g(z) did
+                clean = clean + (before - x).detach()
+        offset = clean + sigma * nu
+        delta = difference(x.detach() + offset, sigma)
         first = delta if first is None else first
         last = scale * normal_like(eps)
         if args.moves_z:
-            pull = eps / sigma if in_x else delta / sigma**2
+            pull = (offset if in_x else delta) / sigma**2
             drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
             # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
-            rms = drift.flatten(1).pow(2).mean(1).sqrt()
-            drift = drift * (args.z_clip / rms.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
-            clipped = clipped + (rms > args.z_clip)
+            size = rms(drift)
+            drift = drift * (args.z_clip / size.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
+            clipped = clipped + (size > args.z_clip)
             z = (1 - args.gamma_z) * z.detach() + drift + scale_z * normal_like(z)
-        eps = (1 - gamma) * eps + gamma * delta / sigma + last
         nu = (1 - gamma) * nu + last
         clean = (1 - gamma) * clean + gamma * delta
-    logs = {
-        "z_norm": z.flatten(1).pow(2).mean(1).sqrt(),
-        "z_clipped_share": clipped / args.k,
-        "delta_rms": first.flatten(1).pow(2).mean(1).sqrt(),
-        "delta_cosine": torch.cosine_similarity(first.flatten(1), delta.flatten(1)),
-    }
-    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, sigma * eps, clean, nu, last, logs)
+    cosine = torch.cosine_similarity(first.flatten(1), delta.flatten(1))
+    logs = {"z_norm": rms(z), "z_clipped_share": clipped / args.k, "delta_rms": rms(first), "delta_cosine": cosine}
+    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, clean, nu, last, logs)
 
 
 def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
     """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
     |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
     """
-    noisy = chain.noisy - chain.sigma * chain.last if args.cancel == "last" else chain.noisy
-    target = chain.clean if args.cancel == "full" else noisy
+    noise = {"full": 0.0, "last": chain.nu - chain.last}.get(args.cancel, chain.nu)
+    target = chain.clean + chain.sigma * noise
     if args.corrector == "x-z":  # y does not follow the last move of z
         target = target + (chain.x - x).detach()
     return target / (1 if args.weight == "s2" else chain.sigma**2)
@@ -648,26 +618,33 @@ def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
 
 def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args) -> tuple[Tensor, Tensor]:
     """Mean over the batch of |r|^2 / 2, whose gradient is -J_theta(z_K)^T r, and r itself."""
+
+    def regress(x: Tensor, r: Tensor) -> Tensor:
+        # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
+        return 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+
     x = generator(chain.z) if args.moves_z else chain.x
     r = residual(chain, x, args)
-    # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
-    loss = 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+    loss = regress(x, r)
     if args.cancel == "exact":  # not in the paper: the noise is taken off at z_0, of which it is independent
-        x, less = generator(chain.z0), chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
-        loss = loss + 0.5 * (x - x.detach() + less).pow(2).flatten(1).sum(1).mean()
+        noise = chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
+        loss = loss + regress(generator(chain.z0), -noise)
     return loss, r
 
 
 # --- end shared block: estimator ---
 
 
-def denoising_loss(
-    net: Denoiser, x: Tensor, sigma: Tensor, eps: Tensor, labels: Tensor, mask_seed: int | None
-) -> Tensor:
-    """[EDM] Eq. (2) with its weight (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2: for teacher and student
-    score network. Sum over pixels, mean over the batch.
+def draw_sigma(args: Args, noise: "Noise", count: int) -> Tensor:
+    return (args.sigma_mean + args.sigma_std * noise.normal(count, 1, 1, 1)).exp()
+
+
+def denoising_loss(args: Args, net: Denoiser, x: Tensor, labels: Tensor, noise: "Noise") -> Tensor:
+    """[EDM] Eq. (2) with its weight (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2, levels, noise and dropout
+    drawn: for teacher and student score network. Sum over pixels, mean over the batch.
     """
-    error = net(x + sigma * eps, sigma, labels, mask_seed) - x
+    mask_seed, sigma = int(noise.integers(2**31, 1)), draw_sigma(args, noise, len(x))
+    error = net(x + sigma * noise.normal_like(x), sigma, labels, mask_seed) - x
     return (error / precondition(sigma, net.vp)[1]).pow(2).flatten(1).sum(1).mean()
 
 
@@ -686,44 +663,7 @@ def heun(denoise: Callable, z: Tensor, steps: int, low: float = 0.002, high: flo
     return y
 
 
-# --- shared block: average and noise ---
-def ema_decay(step: int, args: Args) -> float:
-    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
-    if not args.ema or not args.ema_ramp:
-        return args.ema
-    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
-
-class Noise:
-    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
-    resumed run, and any number of processes, draw the same.
-    """
-
-    def __init__(self, device: torch.device | str, *key: int):
-        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def normal_like(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=self.device, dtype=like.dtype)
-
-    def integers(self, high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self.generator, device=self.device)
-
-    # --- end shared block: average and noise ---
-
-    def sigma(self, count: int, args: Args) -> Tensor:
-        return (args.sigma_mean + args.sigma_std * self.normal(count, 1, 1, 1)).exp()
-
-
-# --- Run folder, checkpoints, logs ---
+# --- Run folder, checkpoints, updates ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
@@ -791,62 +731,13 @@ class Run:
 # --- end shared block: run folder ---
 
 
-# --- shared block: checkpoints ---
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
-    path = folder / "checkpoints" / f"{step:09d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
-        for old in sorted(path.parent.glob("*.pt"))[:-2]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--runs-dir: {path} was not written ({error}): make room, then --resume {folder}.") from error
+# --- shared block: training ---
+def to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
 
 
-def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
-    UserError.
-    """
-    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
-    for path in paths:
-        try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises one of many types
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"warning: checkpoint {path} cannot be read ({reason})", file=sys.stderr)
-    if paths:
-        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
-    return 0, {}
-
-
-def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fill networks and optimisers. Raises UserError."""
-    try:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = f"its checkpoint does not fit these settings ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"--resume or --eval-only {folder}: {reason}; leave out flags that change a size.") from error
-
-
-class Means:
-    """Collects values over updates, micro-batches and processes. add() takes one or Float[B], weights of the same."""
-
-    def __init__(self, acc: Accelerator):
-        self.acc, self.sums = acc, {}
-
-    def add(self, name: str, values: Tensor | float, weights: Tensor | None = None) -> None:
-        values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
-        weights = torch.ones_like(values) if weights is None else weights.flatten().float()
-        self.sums[name] = self.sums.get(name, 0) + torch.stack([(values * weights).sum(), weights.sum()])
-
-    def take(self) -> dict[str, float]:
-        table = torch.stack([pair.to(self.acc.device) for pair in self.sums.values()])
-        names, self.sums = list(self.sums), {}
-        pairs = zip(names, self.acc.reduce(table, "sum").tolist(), strict=True)
-        return {name: total / count for name, (total, count) in pairs if count}
+def to_uint8(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -856,46 +747,153 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-# --- end shared block: checkpoints ---
+def ema_decay(step: int, args: Args) -> float:
+    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
+    if not args.ema or not args.ema_ramp:
+        return args.ema
+    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
 
 
-# --- Evaluation ---
-class Features(nn.Module):
-    """UInt8[B, C, H, W] -> features Float[B, D] and logits, from the TensorFlow Inception or from a small CNN that is
-    trained here, always from the same seed and batches, whatever --seed is: runs are measured with one ruler.
+@torch.no_grad()
+def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+class Noise:
+    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
+    resumed run, and any number of processes, draw the same.
     """
 
-    def __init__(self, args: Args, images: Images):
-        super().__init__()
-        self.inception = bool(args.features)
-        if self.inception:
-            try:
-                self.net = torch.jit.load(args.features, "cpu")
-            except (RuntimeError, ValueError, OSError) as error:
-                problem = f"cannot be loaded ({str(error).splitlines()[0][:100]}): name inception-2015-12-05.pt"
-                raise UserError(f"--features {args.features} {problem}, or give --eval-samples 0.") from error
+    def __init__(self, device: torch.device | str, *key: int):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        return self.normal(*like.shape, dtype=like.dtype)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.device)
+
+
+class Means:
+    """Means over updates, micro-batches and processes. add() takes a number or Float[B], which may be empty."""
+
+    def __init__(self, acc: Accelerator):
+        self.acc, self.sums = acc, {}
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        values = torch.as_tensor(values, dtype=torch.float32, device=self.acc.device).detach().flatten()
+        self.sums[name] = self.sums.get(name, 0) + torch.stack([values.sum(), torch.ones_like(values).sum()])
+
+    def take(self) -> dict[str, float]:
+        table = self.acc.reduce(torch.stack(list(self.sums.values())), "sum").tolist()
+        names, self.sums = list(self.sums), {}
+        return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+
+
+@contextlib.contextmanager
+def refuse(what: str, way_out: str) -> Iterator[None]:
+    """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
+    UserError.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what} ({reason}); {way_out}.") from error
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
+    path = folder / "checkpoints" / f"{step:09d}.pt"
+    with refuse(f"--runs-dir: {path} was not written", f"make room, then --resume {folder}"):
+        path.parent.mkdir(exist_ok=True)
+        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
+        for old in sorted(path.parent.glob("*.pt"))[:-2]:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
+    UserError.
+    """
+    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
+                return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
+    return 0, {}
+
+
+def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fill networks and optimisers. Raises UserError."""
+    what = f"--resume or --eval-only {folder}: its checkpoint does not fit these settings"
+    with refuse(what, "leave out flags that change a size"):
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+
+
+def accumulate(
+    args: Args, means: Means, name: str, key: tuple, total: int, loss_of: Callable, optimizer: Any, lr: float, clip=0.0
+) -> None:
+    """One update on loss_of(noise, count), the mean over a micro-batch of `count` of the update's `total` images. The
+    networks stay outside of any wrapper, so that the E-step's gradients of z start no communication: those of the
+    parameters are summed over processes here. Raises UserError.
+    """
+    acc, size, parameters = means.acc, min(args.micro_batch_size, total), optimizer.param_groups[0]["params"]
+    reason = f"makes {total // size} that {acc.num_processes} processes cannot share evenly: try "
+    shared = total // size % acc.num_processes == 0
+    require(args, "micro_batch_size", shared, f"{reason}{max(1, total // acc.num_processes)}")
+    for slot in range(acc.process_index, total // size, acc.num_processes):
+        loss = loss_of(Noise(acc.device, args.seed, *key, slot), size)
+        (loss * size / total).backward()
+        means.add(f"losses/{name}", loss)
+    for p in parameters if acc.num_processes > 1 else ():
+        p.grad = acc.reduce(p.grad, "sum")
+    means.add(f"losses/{name}_grad_norm", nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def loop(
+    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
+) -> Iterator[int]:
+    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
+    yields `done` after each. `offset` counts the updates of earlier stages.
+    """
+    means, since, mark = Means(acc), first, time.perf_counter()
+    for done in range(first + 1, updates + 1):
+        update(done, means)
+        # Any process may have been asked to stop: all of them do, after the same update.
+        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        last = done == updates
+        if run.stop or last or done % args.log_every == 0:
+            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
+            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
+            logs |= {"perf/updates_per_second": speed}
+            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            if acc.device.type == "cuda":
+                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            run.log(offset + done, logs)
+            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
+            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+        if run.writes and (run.stop or last or done % args.save_every == 0):
+            save_checkpoint(run.folder, offset + done, state)
+        if run.stop and not last:
+            acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
-        torch.manual_seed(0)
-        convs = [nn.Conv2d(args.image_shape[0], 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()]
-        head = [nn.Flatten(), nn.Linear(64 * (args.image_size // 4) ** 2, 64), nn.ReLU()]
-        self.net = nn.Sequential(*convs, nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), *head)
-        self.head = nn.Linear(64, args.num_classes)
-        optimizer = torch.optim.Adam(self.parameters(), 1e-3)
-        for step in range(args.classifier_steps):
-            pixels, labels = images(Noise("cpu", 0, step).integers(len(images.labels), 128))
-            optimizer.zero_grad()
-            cross_entropy(self(pixels)[1], labels).backward()
-            optimizer.step()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inception:
-            images = images.expand(-1, 3, -1, -1)
-            return self.net(images, return_features=True), self.net(images, no_output_bias=True).log()
-        features = self.net(to_float(images))
-        return features, self.head(features)
+        yield done
 
 
-# --- shared block: comparison ---
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
     Features Float[N, D].
@@ -922,7 +920,41 @@ def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
     return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
 
 
-# --- end shared block: comparison ---
+# --- end shared block: training ---
+
+
+# --- Evaluation ---
+class Features(nn.Module):
+    """UInt8[B, C, H, W] -> features Float[B, D] and logits, from the TensorFlow Inception or from a small CNN that is
+    trained here, always from the same seed and batches, whatever --seed is: runs are measured with one ruler.
+    """
+
+    def __init__(self, args: Args, images: Images):
+        super().__init__()
+        self.inception = bool(args.features)
+        if self.inception:
+            way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
+            with refuse(f"--features {args.features} cannot be loaded", way_out):
+                self.net = torch.jit.load(args.features, "cpu")
+            return
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(args.image_shape[0], 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()]
+        head = [nn.Flatten(), nn.Linear(64 * (args.image_size // 4) ** 2, 64), nn.ReLU()]
+        self.net = nn.Sequential(*convs, nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), *head)
+        self.head = nn.Linear(64, args.num_classes)
+        optimizer = torch.optim.Adam(self.parameters(), 1e-3)
+        for step in range(args.classifier_steps):
+            pixels, labels = images(Noise("cpu", 0, step).integers(len(images.labels), 128))
+            optimizer.zero_grad()
+            cross_entropy(self(pixels)[1], labels).backward()
+            optimizer.step()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inception:
+            images = images.expand(-1, 3, -1, -1)
+            return self.net(images, return_features=True), self.net(images, no_output_bias=True).log()
+        features = self.net(to_float(images))
+        return features, self.head(features)
 
 
 class Evaluator:
@@ -939,54 +971,52 @@ class Evaluator:
         shuffled = torch.randperm(len(images.labels), generator=Noise("cpu", 0).generator)
         counts = self.labels.bincount(minlength=args.num_classes).tolist()
         picked = torch.cat([shuffled[images.labels[shuffled] == c][:n] for c, n in enumerate(counts)])
-        self.data = self.describe(torch.cat([images(part)[0] for part in picked.split(1000)]))[0]
-        self.teacher, seconds = self.sample(lambda z, c: heun(lambda y, s: teacher(y, s, c), z, args.heun_steps))
-        self.teacher_features, logits = self.describe(self.teacher)
-        self.teacher_scores = self.score(self.teacher_features, logits, {"data": self.data})
-        self.teacher_scores |= {"evaluations_per_image": 2 * args.heun_steps - 1, "seconds_per_image": seconds}
-
-    @torch.no_grad()
-    def sample(self, sampler: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
-        """UInt8[N, C, H, W], seconds per image. Noise depends on the chunk alone; processes share the chunks."""
-        acc, size, started = self.acc, self.args.eval_batch_size, time.perf_counter()
-        pixels = torch.zeros(len(self.labels), *self.args.image_shape, dtype=torch.int32, device=acc.device)
-        for index in range(acc.process_index, -(-len(self.labels) // size), acc.num_processes):
-            labels = self.labels[index * size :][:size].to(acc.device)
-            z = Noise(acc.device, 0, index).normal(len(labels), *self.args.image_shape)
-            pixels[index * size :][:size] = to_uint8(sampler(z, labels)).int()
-        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
-        return pixels, (time.perf_counter() - started) * acc.num_processes / len(pixels)
+        self.references = {"data": self.describe(torch.cat([images(part)[0] for part in picked.split(1000)]))[0]}
+        self.teacher_scores, features, self.spread = self.score(
+            lambda z, c: heun(lambda y, s: teacher(y, s, c), z, args.heun_steps), 2 * args.heun_steps - 1
+        )
+        self.references["teacher"] = features
 
     @torch.no_grad()
     def describe(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self.features(part.to(self.acc.device)) for part in pixels.split(self.args.eval_batch_size)]
         return tuple(torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
 
-    def score(self, features: Tensor, logits: Tensor, references: dict[str, Tensor]) -> dict[str, float]:
+    @torch.no_grad()
+    def score(self, sampler: Callable[[Tensor, Tensor], Tensor], evaluations: int) -> tuple[dict, Tensor, Tensor]:
+        """Scores of the images sampler(z, labels), their features, and their deviation over noise by class. Noise
+        depends on the chunk alone; processes share the chunks.
+        """
+        args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
+        pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.int32, device=acc.device)
+        for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
+            labels = self.labels[index * size :][:size].to(acc.device)
+            z = Noise(acc.device, 0, index).normal(len(labels), *args.image_shape)
+            pixels[index * size :][:size] = to_uint8(sampler(z, labels)).int()
+        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+        seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
+        scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
+
         torch.manual_seed(0)  # torchmetrics draws subsets and splits from the global generator
-        inception_score, is_fid = InceptionScore(nn.Identity()), self.features.inception
+        features, logits = self.describe(pixels)
+        inception_score = InceptionScore(nn.Identity())
         inception_score.update(logits)
-        found = float(inception_score.compute()[0])
-        scores = {"inception_score": found} if is_fid else {"classifier_score": found}
-        if not is_fid:
+        scores["inception_score" if args.features else "classifier_score"] = float(inception_score.compute()[0])
+        if not args.features:
             scores["label_accuracy"] = float((logits.argmax(1) == self.labels).double().mean())
-        for reference, real in references.items():
-            compared = compare(real, features, "fid" if is_fid else "frechet")
+        for reference, real in self.references.items():
+            compared = compare(real, features, "fid" if args.features else "frechet")
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
-        return scores
+        # Mean over pixels: a collapse shows here first.
+        spread = [to_float(pixels[self.labels == c]).std(0).mean() for c in range(args.num_classes)]
+        return scores, features, torch.stack(spread)
 
     def __call__(self, generator: Denoiser, run: Run, step: int) -> dict[str, float]:
         """Scores of a generator, written to eval.json beside the teacher's."""
-        pixels, seconds = self.sample(lambda z, labels: generate(generator, z, labels, self.args.sigma_star))
-        student = self.score(*self.describe(pixels), {"data": self.data, "teacher": self.teacher_features})
-        # Deviation over noise within each class, mean over pixels: a collapse shows here first.
-        own, teacher = (
-            torch.stack([to_float(p[self.labels == c]).std(0).mean() for c in range(self.args.num_classes)])
-            for p in (pixels, self.teacher)
-        )
-        student |= {"spread_ratio": float((own / teacher).mean()), "spread_ratio_worst": float((own / teacher).min())}
-        student |= {"evaluations_per_image": 1, "seconds_per_image": seconds}
-        result = {"step": step, "samples": len(pixels), "features": self.ruler}
+        student, _, spread = self.score(lambda z, labels: generate(generator, z, labels, self.args.sigma_star), 1)
+        ratio = spread / self.spread
+        student |= {"spread_ratio": float(ratio.mean()), "spread_ratio_worst": float(ratio.min())}
+        result = {"step": step, "samples": len(self.labels), "features": self.ruler}
         text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)
         if run.writes:
             (run.folder / "eval.json").write_text(text)
@@ -995,84 +1025,6 @@ class Evaluator:
 
 
 # --- Training ---
-# --- shared block: updates ---
-def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
-    """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
-    size, processes = min(args.micro_batch_size, total), acc.num_processes
-    reason = f"makes {total // size} that {processes} processes cannot share evenly: try {max(1, total // processes)}"
-    require(args, "micro_batch_size", total // size % processes == 0, reason)
-    return range(acc.process_index, total // size, processes), size
-
-
-def optimizer_step(acc: Accelerator, optimizer: torch.optim.Optimizer, lr: float, clip: float = 0.0) -> Tensor:
-    """One update from gradients summed over processes; their norm. The networks stay outside of any wrapper, so that
-    the E-step's gradients of z start no communication.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    if acc.num_processes > 1:
-        flat = acc.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(part.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-# --- end shared block: updates ---
-
-
-def denoising_update(
-    args: Args, net: Denoiser, optimizer: Any, lr: float, batch: Callable, total: int, key: tuple, means: Means
-) -> None:
-    """One update of `net` on the denoising loss of `total` images that batch(noise, count) gives."""
-    slots, size = micro_batches(total, args, means.acc)
-    for slot in slots:
-        noise = Noise(means.acc.device, args.seed, *key, slot)
-        x, labels = batch(noise, size)
-        mask_seed, sigma = int(noise.integers(2**31, 1)), noise.sigma(size, args)
-        loss = denoising_loss(net, x, sigma, noise.normal_like(x), labels, mask_seed)
-        (loss * size / total).backward()
-        means.add("losses/denoising", loss)
-    means.add("losses/denoising_grad_norm", optimizer_step(means.acc, optimizer, lr))
-
-
-# --- shared block: stage ---
-def loop(
-    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
-) -> Iterator[int]:
-    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
-    yields `done` after each. `offset` counts the updates of earlier stages.
-    """
-    means, since, mark = Means(acc), first, time.perf_counter()
-    for done in range(first + 1, updates + 1):
-        update(done, means)
-        # Any process may have been asked to stop: all of them do, after the same update.
-        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
-        last = done == updates
-        if run.stop or last or done % args.log_every == 0:
-            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
-            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
-            logs |= {"perf/updates_per_second": speed}
-            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-            if acc.device.type == "cuda":
-                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            run.log(offset + done, logs)
-            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
-            if run.writes:
-                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
-        if run.writes and (run.stop or last or done % args.save_every == 0):
-            save_checkpoint(run.folder, offset + done, state)
-        if run.stop and not last:
-            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
-            return
-        yield done
-
-
-# --- end shared block: stage ---
-
-
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
     """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end."""
     net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
@@ -1080,20 +1032,19 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     if args.compile:
         net.unet.compile()
 
-    def batch(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
+    def loss_of(noise: Noise, count: int) -> Tensor:
         pixels, labels = images(noise.integers(len(images.labels), count).cpu())
-        return to_float(pixels.to(acc.device)), labels.to(acc.device)
+        return denoising_loss(args, net, to_float(pixels.to(acc.device)), labels.to(acc.device), noise)
 
     def update(done: int, means: Means) -> None:
         lr = args.teacher_lr * min(1.0, 10 * done / args.teacher_steps)
-        denoising_update(args, net, adam, lr, batch, args.teacher_batch_size, (0, done), means)
+        accumulate(args, means, "denoising", (0, done), args.teacher_batch_size, loss_of, adam, lr)
         update_ema(average, net, ema_decay(done, args))
 
     state = {"teacher": net, "average": average, "adam": adam}
     if saved:
         restore(run.folder, state, saved)
-    if run.writes:
-        print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher", flush=True)
+    acc.print(f"{run.folder}: {args.teacher_steps:,} updates of the teacher", flush=True)
     done = max([first, *loop(args, run, acc, first, args.teacher_steps, 0, state, update)])
     if run.writes and done == args.teacher_steps:
         average.unet.save_pretrained(run.folder / "teacher.tmp")
@@ -1116,49 +1067,47 @@ def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser,
 
 def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
-    state = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
+    state: dict[str, Any] = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
     state["average"].requires_grad_(False)
-    adam = {
-        f"adam_{n}": torch.optim.Adam(state[n].parameters(), betas=(args.beta1, args.beta2)) for n in list(state)[:2]
-    }
-    return state | adam
+    for name in ("generator", "score"):
+        state[f"adam_{name}"] = torch.optim.Adam(state[name].parameters(), betas=(args.beta1, args.beta2))
+    return state
 
 
 def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means: Means) -> None:
-    generator, device = state["generator"], means.acc.device
+    generator, score = state["generator"], state["score"]
 
-    # 1. The student score network learns to denoise the generator's samples.
-    @torch.no_grad()
-    def samples(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
-        labels = noise.integers(args.num_classes, count)
-        return generate(generator, noise.normal(count, *args.image_shape), labels, args.sigma_star), labels
+    def draw(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
+        return noise.integers(args.num_classes, count), noise.normal(count, *args.image_shape)
 
-    for turn in range(args.score_updates):
-        score = state["score"], state["adam_score"], args.score_lr
-        denoising_update(args, *score, samples, args.batch_size, (1, step, turn), means)
+    def score_loss(noise: Noise, count: int) -> Tensor:
+        labels, z = draw(noise, count)
+        with torch.no_grad():
+            x = generate(generator, z, labels, args.sigma_star)
+        return denoising_loss(args, score, x, labels, noise)
 
-    slots, size = micro_batches(args.batch_size, args, means.acc)
-    for slot in slots:
-        noise = Noise(device, args.seed, 2, step, slot)
-        labels, z = noise.integers(args.num_classes, size), noise.normal(size, *args.image_shape)
-        sigma, eps = noise.sigma(size, args).clamp(min=args.sigma_min), noise.normal_like(z)
+    def generator_loss(noise: Noise, count: int) -> Tensor:
+        labels, z = draw(noise, count)
+        sigma, eps = draw_sigma(args, noise, count).clamp(min=args.sigma_min), noise.normal_like(z)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
-        g, difference = players(args, teacher, generator, state["score"], labels, noise)
+        g, difference = players(args, teacher, generator, score, labels, noise)
         chain = e_step(g, difference, z, eps, sigma, noise.normal_like, args)
         # 3. M-step.
         generator.requires_grad_(True)
         loss, r = m_step_loss(g, chain, args)
-        (loss * size / args.batch_size).backward()
-        means.add("losses/generator", loss)
-        rms = r.pow(2).mean((1, 2, 3)).sqrt()
         for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 1), (1, math.inf)):
-            means.add(f"chain/residual_rms_s{low}", rms, (sigma >= low) & (sigma < high))
+            means.add(f"chain/residual_rms_s{low}", rms(r)[((sigma >= low) & (sigma < high)).flatten()])
         for name, values in chain.logs.items():
             means.add(f"chain/{name}", values)
-    norm = optimizer_step(means.acc, state["adam_generator"], args.generator_lr, args.max_grad_norm)
-    means.add("losses/generator_grad_norm", norm)
+        return loss
 
+    # 1. The student score network learns to denoise the generator's samples.
+    for turn in range(args.score_updates):
+        how = args.batch_size, score_loss, state["adam_score"], args.score_lr
+        accumulate(args, means, "denoising", (1, step, turn), *how)
+    how = args.batch_size, generator_loss, state["adam_generator"], args.generator_lr, args.max_grad_norm
+    accumulate(args, means, "generator", (2, step), *how)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))
 
@@ -1181,7 +1130,7 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
         with torch.enable_grad():
             chain = e_step(generator, difference, z[:columns], eps, sigma, Noise(acc.device, 0, 1).normal_like, part)
         x = generator(chain.z)
-        return chain.x + chain.noisy, x, x + residual(chain, x, part)
+        return chain.x + chain.clean + sigma * chain.nu, x, x + residual(chain, x, part)
 
     with torch.no_grad():
         run.media(step, "samples", tile(generate(state["average"], z, labels, args.sigma_star), columns))
@@ -1196,11 +1145,13 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
         run.media(step, "mcmc", tile(torch.cat([x, *rows]), columns))
 
 
-def load_everything(args: Args, run: Run, acc: Accelerator) -> tuple[Denoiser, dict[str, Any], int]:
-    """The frozen teacher, the student's state as it starts, and how many updates the teacher took in this run."""
+def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict[str, Any]) -> tuple[Denoiser, dict[str, Any]]:
+    """The frozen teacher, and the student's state as it starts or as it was saved."""
     teacher = load_teacher(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
-    teacher = teacher.to(acc.device).eval().requires_grad_(False)
-    return teacher, init_state(args, teacher), args.teacher_steps * args.train_teacher
+    state = init_state(args, teacher.to(acc.device).eval().requires_grad_(False))
+    if "generator" in saved:
+        restore(run.folder, state, saved)
+    return teacher, state
 
 
 def train(args: Args, acc: Accelerator) -> None:
@@ -1216,11 +1167,9 @@ def train(args: Args, acc: Accelerator) -> None:
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.teacher_steps, {}
-    teacher, state, offset = load_everything(args, run, acc)
-    if "generator" in saved:
-        restore(run.folder, state, saved)
-    if run.writes:
-        print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
+    teacher, state = load_everything(args, run, acc, saved)
+    offset = args.teacher_steps * args.train_teacher
+    acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)
@@ -1238,8 +1187,7 @@ def evaluate(args: Args, acc: Accelerator) -> None:
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     run = Run(args, writes=acc.is_main_process)
-    teacher, state, _ = load_everything(args, run, acc)
-    restore(run.folder, state, saved)
+    teacher, state = load_everything(args, run, acc, saved)
     if run.writes:
         write_media(args, run, step, teacher, state, acc)
     if args.eval_samples:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.23,<6", "accelerate>=1.15,<2", "torchmetrics>=1.9,<2",
-#   "safetensors>=0.8,<1", "numpy>=2.0,<3", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
+#   "safetensors>=0.8,<1", "numpy>=2.0,<3", "scipy>=1.17,<2", "pillow>=12,<14", "tyro>=1.0,<2", "imageio>=2.37,<3",
 #   "imageio-ffmpeg>=0.6,<1", "wandb>=0.25,<1",
 # ]
 # ///
@@ -27,6 +27,7 @@ Delta = D_q - D_phi. Axes: B images of a micro-batch, C H W of the VAE's latent,
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -59,6 +60,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
 from PIL import Image, ImageDraw, ImageOps
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.flop_counter import FlopCounterMode
@@ -215,15 +217,13 @@ def check_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is read or computed. Raises UserError."""
     check = functools.partial(require, args)
     may_be_0 = {"seed", "total_steps", "vae_steps", "t_min", "t_star", "eval_samples", "eval_every", "media_every"}
-    above_0 = {"gamma_eps", "z_clip", "guidance"}
+    low = dict.fromkeys(may_be_0, 0) | dict.fromkeys(("gamma_eps", "z_clip", "guidance"), 1e-6)
     high = dict.fromkeys(("gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1) | {"seed": 2**32}
     for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
-                low = int(type(number) is int and name not in may_be_0)
-                fits = low <= number < high.get(name, math.inf) and (number > 0 or name not in above_0)
-                word = "above" if name in above_0 else "from"
-                check(name, fits, f"is out of range: give numbers {word} {low} to below {high.get(name, math.inf)}")
+                least, most = low.get(name, int(type(number) is int)), high.get(name, math.inf)
+                check(name, least <= number < most, f"is out of range: give numbers from {least} to below {most}")
     check("t_max", args.t_min <= args.t_max, f"is below --t-min {args.t_min}: leave a range between them")
     for name in ("unet_channels", "vae_channels"):
         fits = getattr(args, name) and all(width % 8 == 0 for width in getattr(args, name))
@@ -254,18 +254,15 @@ def read_prompts(args: Args, flag: str) -> list[str]:
     "text" of .jsonl, or the .txt members of a webdataset .tar. Prints what was left out. Raises UserError.
     """
     path, lines, left_out = Path(getattr(args, flag)), [], Counter()
-    try:
-        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".tar")) if path.is_dir() else [path]
-        for file in files:
+    way_out = "name a .txt, .jsonl or .tar file, or a folder of them"
+    with refuse(f"--{flag.replace('_', '-')} {path} cannot be read", way_out):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.suffix == ".tar":
                 with tarfile.open(file) as shard:
                     texts = [member for member in shard if member.isfile() and member.name.endswith(".txt")]
                     lines += [(shard.extractfile(member).read(), False) for member in texts]
-            else:
+            elif file.suffix in (".txt", ".jsonl") or file == path:
                 lines += [(line, file.suffix == ".jsonl") for line in file.read_bytes().splitlines()]
-    except (OSError, tarfile.TarError) as error:
-        problem = f"cannot be read ({error}): name a .txt, .jsonl or .tar file, or a folder of them"
-        raise UserError(f"--{flag.replace('_', '-')} {path} {problem}.") from error
     captions: dict[str, None] = {}
     for raw, is_json in lines:
         try:
@@ -291,15 +288,13 @@ class Captions:
 
     @torch.no_grad()
     def __init__(self, args: Args, pipe: StableDiffusionPipeline, texts: list[str], device: torch.device):
-        self.texts, self.device, self.cache = texts, device, None
-        self.encode = functools.partial(encode, pipe)
+        self.texts, self.device, self.cache, self.pipe = texts, device, None, pipe
         pipe.text_encoder.to(device)
-        self.empty, most = self.encode([""]), pipe.tokenizer.model_max_length
-        long = sum(len(ids) > most for ids in pipe.tokenizer(texts).input_ids)
-        if long:
+        self.empty, most = encode(pipe, [""]), pipe.tokenizer.model_max_length
+        if long := sum(len(ids) > most for ids in pipe.tokenizer(texts).input_ids):
             print(f"{long:,} captions are longer than {most} tokens and are cut off there", flush=True)
         if self.empty.nbytes * len(texts) <= args.text_cache_gb * 1e9:
-            self.cache = torch.cat([self.encode(texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
+            self.cache = torch.cat([encode(pipe, texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
             pipe.text_encoder.to("cpu")  # its memory is the UNets'
 
     @torch.no_grad()
@@ -307,7 +302,7 @@ class Captions:
         """Features of the captions Int[B]."""
         if self.cache is not None:
             return self.cache[indices.cpu()].to(self.device)
-        return self.encode([self.texts[i] for i in indices.tolist()])
+        return encode(self.pipe, [self.texts[i] for i in indices.tolist()])
 
 
 def encode(pipe: StableDiffusionPipeline, texts: list[str]) -> Tensor:
@@ -355,75 +350,57 @@ def measure(pixels: Tensor) -> list[tuple[str, ...]]:
     groups, their bounding boxes and how much of those they fill. "none" where nothing is seen.
     """
     palette = torch.tensor([*BACKGROUNDS.values(), *COLOURS.values()]).float()
-    b, _, h, w = pixels.shape
-    nearest = torch.cdist(pixels.permute(0, 2, 3, 1).reshape(b, -1, 3).float(), palette).argmin(2).view(b, h, w)
-    mask, unit = nearest >= len(BACKGROUNDS), h / 32
-    groups = torch.arange(1, h * w + 1).view(1, h, w) * mask  # every pixel's number, then the largest it is joined to
-    while True:
-        wide = torch.nn.functional.pad(groups, (1, 1, 1, 1))
-        around = [wide[:, 1:-1, :-2], wide[:, 1:-1, 2:], wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], groups]
-        grown = torch.stack(around).amax(0) * mask
-        if torch.equal(grown, groups):
-            break
-        groups = grown
-    return [describe(near.numpy(), group.numpy(), unit) for near, group in zip(nearest, groups, strict=True)]
+    distance = torch.cdist(pixels.permute(0, 2, 3, 1).flatten(1, 2).float(), palette)
+    return [words_of(near.numpy()) for near in distance.argmin(2).unflatten(1, pixels.shape[2:])]
 
 
-def describe(nearest: np.ndarray, groups: np.ndarray, unit: float) -> tuple[str, ...]:
-    """One picture's words: Int[H, W] palette colour and connected group (0: background) of each pixel."""
+def words_of(nearest: np.ndarray) -> tuple[str, ...]:
+    """One picture's words, from the palette colour Int[H, W] of each pixel."""
     edge = np.concatenate([nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]])
     behind = np.bincount(edge, minlength=len(BACKGROUNDS))[: len(BACKGROUNDS)]
     background = list(BACKGROUNDS)[behind.argmax()] if behind.any() else "none"
-    boxes, fills, members = [], [], np.zeros(groups.shape, bool)
-    for group in np.unique(groups[groups > 0]):
-        rows, columns = np.nonzero(groups == group)
-        if len(rows) >= 4 * unit**2:  # less is a speck
-            box = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-            boxes.append(box)
-            fills.append(len(rows) / ((box[1] - box[0]) * (box[3] - box[2])))
-            members |= groups == group
+    groups, unit, boxes, fills, colours = ndimage.label(nearest >= len(BACKGROUNDS))[0], len(nearest) / 32, [], [], []
+    for group, (rows, columns) in enumerate(ndimage.find_objects(groups), 1):
+        inside = groups[rows, columns] == group
+        if inside.sum() >= 4 * unit**2:  # less is a speck
+            boxes.append((rows.start, rows.stop, columns.start, columns.stop))
+            fills.append(inside.mean())
+            colours.extend(nearest[rows, columns][inside])
     if not boxes:
         return (*["none"] * 5, background)
-    box, fill = np.array(boxes), np.mean(fills)
-    side = np.mean(np.maximum(box[:, 1] - box[:, 0], box[:, 3] - box[:, 2])) / unit
-    colour = list(COLOURS)[np.bincount(nearest[members]).argmax() - len(BACKGROUNDS)]
-    y, x = ((box[:, i].min() + box[:, i + 1].max()) / 2 / unit - 16 for i in (0, 2))
+    box, fill = np.array(boxes) / unit, np.mean(fills)
+    side = np.maximum(box[:, 1] - box[:, 0], box[:, 3] - box[:, 2]).mean()
+    colour = list(COLOURS)[np.bincount(colours).argmax() - len(BACKGROUNDS)]
+    y, x = ((box[:, i].min() + box[:, i + 1].max()) / 2 - 16 for i in (0, 2))
     place = min(PLACES, key=lambda name: (PLACES[name][0] - x) ** 2 + (PLACES[name][1] - y) ** 2)
     shape = SHAPES[2] if fill < 0.7 else SHAPES[0] if fill < 0.93 else SHAPES[1]
     count = COUNTS[len(boxes) - 1] if len(boxes) <= len(COUNTS) else "none"
     return count, "small" if side < 6.5 else "large", colour, shape, place, background
 
 
-# --- shared block: pixels ---
-def to_float(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-# --- end shared block: pixels ---
-
-
 # --- Networks ---
-def last_timestep(scheduler: Any) -> int:
-    """The noisiest timestep that holds some signal: a schedule rescaled to zero SNR ends in pure noise."""
-    return int((scheduler.alphas_cumprod > 1e-6).sum()) - 1
+def noise_levels(scheduler: Any) -> Tensor:
+    """s_t = sigma_t / alpha_t, Float[T], of the timesteps that hold some signal: a schedule rescaled to zero SNR ends
+    in pure noise.
+    """
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    return ((1 - alphas) / alphas).sqrt()[alphas > 1e-6]
 
 
 class Denoiser(nn.Module):
     """D(y; t, c) = c_skip y + c_out F(c_in y, t, c) of a UNet F that predicts eps or v ([EMD] in VP form). The levels
-    s_t are read from the scheduler's alphas. y Float[B, C, H, W], t Int[B], text Float[B, L, D].
+    s_t are read from the scheduler's alphas. y Float[B, C, H, W], t Int[B], text Float[B, L, D]. With `guidance` w
+    other than 1, F is F_u + w (F_c - F_u) ([CFG]), where u has the features `empty` Float[1, L, D] of the empty
+    caption. D is linear in F, so this guides D alike.
     """
+
+    guidance, empty = 1.0, None
 
     def __init__(self, args: Args, unet: UNet, scheduler: Any):
         super().__init__()
         self.unet, self.bf16 = unet, args.dtype == "bf16"
         self.v = scheduler.config.prediction_type == "v_prediction"
-        alphas = scheduler.alphas_cumprod.double().cpu()
-        self.register_buffer("levels", ((1 - alphas) / alphas).sqrt(), persistent=False)  # s_t, Float[T]
-        self.last = last_timestep(scheduler)
+        self.register_buffer("levels", noise_levels(scheduler), persistent=False)
 
     def sigma(self, t: Tensor) -> Tensor:
         """s_t as Float[B, 1, 1, 1]."""
@@ -435,22 +412,20 @@ class Denoiser(nn.Module):
         alpha = (1 + s**2).rsqrt()
         return (alpha**2, -s * alpha, alpha) if self.v else (torch.ones_like(s), -s, alpha)
 
-    def raw(self, y: Tensor, t: Tensor, text: Tensor, guidance: float = 1.0, empty: Tensor | None = None) -> Tensor:
-        """F in fp32. With guidance w other than 1, F_u + w (F_c - F_u) ([CFG]) from one doubled batch, where u has the
-        features `empty` Float[1, L, D] of the empty caption. D is linear in F, so this guides D alike.
-        """
-        x_t, count = self.precondition(t)[2] * y, len(y)
-        if guidance != 1:
-            x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty.expand_as(text), text])
+    def raw(self, y: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """F in fp32. Guidance takes one doubled batch."""
+        x_t, guided = self.precondition(t)[2] * y, self.guidance != 1
+        if guided:
+            x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.empty.expand_as(text), text])
         # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             out = self.unet(x_t, t, text, return_dict=False)[0]
         out = out.to(y.dtype)
-        return out if guidance == 1 else out[:count] + guidance * (out[count:] - out[:count])
+        return torch.lerp(*out.chunk(2), self.guidance) if guided else out
 
-    def forward(self, y: Tensor, t: Tensor, text: Tensor, guidance: float = 1.0, empty: Tensor | None = None) -> Tensor:
+    def forward(self, y: Tensor, t: Tensor, text: Tensor) -> Tensor:
         c_skip, c_out, _ = self.precondition(t)
-        return c_skip * y + c_out * self.raw(y, t, text, guidance, empty)
+        return c_skip * y + c_out * self.raw(y, t, text)
 
     def store_bf16(self) -> None:
         """Keep the weights as autocast would round them, in half the memory: no value that is computed changes."""
@@ -478,16 +453,16 @@ def make_tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding in which each word of the grammar is one token; others are spelled, non-ASCII is unknown.
     The library's own trainer numbers tokens in an order that changes from call to call.
     """
-    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(" ".join(grammar()).split()))]
     letters, merges = [chr(code) for code in range(33, 127)], []
-    while pairs := Counter(pair for parts in words for pair in itertools.pairwise(parts)):
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        for parts in words:
-            for i in range(len(parts) - 1, 0, -1):
-                if tuple(parts[i - 1 : i + 1]) == merges[-1]:
-                    parts[i - 1 : i + 1] = ["".join(merges[-1])]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    for word in sorted(set(" ".join(grammar()).split())):
+        parts = f" {' '.join(word)}</w> "
+        for left, right in merges:
+            parts = parts.replace(f" {left} {right} ", f" {left}{right} ")
+        while len(pair := parts.split()[:2]) == 2:
+            merges.append(tuple(pair))
+            parts = parts.replace(f" {' '.join(pair)} ", f" {''.join(pair)} ")
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    tokens = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=16)
 
 
@@ -495,6 +470,7 @@ def make_pipeline(args: Args) -> StableDiffusionPipeline:
     """An untrained pipeline for the shapes grammar, drawn from --seed, with Stable Diffusion's noise schedule."""
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.text_width,
@@ -502,52 +478,38 @@ def make_pipeline(args: Args) -> StableDiffusionPipeline:
         num_hidden_layers=args.text_layers,
         num_attention_heads=args.text_width // 32,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     levels = len(args.vae_channels)
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
         block_out_channels=args.vae_channels,
-        latent_channels=4,
         norm_num_groups=math.gcd(32, *args.vae_channels),
         sample_size=args.image_size,
     )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     more = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": args.prediction}
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        unet=make_unet(args).eval(),
-        scheduler=DDIMScheduler(**betas, **more),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = vae, CLIPTextModel(text_config).eval(), tokenizer, make_unet(args).eval(), DDIMScheduler(**betas, **more)
+    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # nothing to check pictures with
 
 
 def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusionPipeline:
     """A diffusers folder or hub id as a pipeline whose UNet is a teacher for these settings. Raises UserError."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    try:
+    way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
+    with refuse(f"--{flag} {name} cannot be loaded", way_out):
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **optional)
-        kind, channels = pipe.scheduler.config.prediction_type, (pipe.unet.config, pipe.vae.config)
+        kind, channels = pipe.scheduler.config.prediction_type, pipe.unet.config.in_channels
         if kind not in ("epsilon", "v_prediction") or not isinstance(pipe.unet, UNet):
             raise ValueError(f"it is a {type(pipe.unet).__name__} that predicts {kind}, not epsilon or v_prediction")
-        if channels[0].in_channels != channels[1].latent_channels:
-            raise ValueError(f"its UNet reads {channels[0].in_channels} channels: no text-to-image model")
-    except Exception as error:  # a damaged, foreign or missing folder, or no network, raises one of many types
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
-        raise UserError(f"--{flag} {name} cannot be loaded ({problem}); {way_out}.") from error
+        if channels != pipe.vae.config.latent_channels:
+            raise ValueError(f"its UNet reads {channels} channels: no text-to-image model")
     cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
     require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
-    last = last_timestep(pipe.scheduler)
+    last = len(noise_levels(pipe.scheduler)) - 1
     for time_flag in ("t_max", "t_star") if flag == "teacher" else ():
         require(args, time_flag, getattr(args, time_flag) <= last, f"is beyond the teacher's last timestep {last}")
     pipe.set_progress_bar_config(disable=True)
@@ -577,37 +539,36 @@ def generate(net: Denoiser, z: Tensor, text: Tensor, t_star: int) -> Tensor:
     return net(net.sigma(t) * z, t, text)
 
 
-def denoiser_difference(
-    teacher: Denoiser, score: Denoiser, y: Tensor, t: Tensor, text: Tensor, guidance: float, empty: Tensor
-) -> Tensor:
-    """Delta = D_q - D_phi as c_out (F_q - F_phi): c_skip y cancels, and small differences keep their precision. Only
-    the teacher is guided.
-    """
-    with torch.no_grad():
-        return teacher.precondition(t)[1] * (teacher.raw(y, t, text, guidance, empty) - score.raw(y, t, text))
+@torch.no_grad()
+def denoiser_difference(teacher: Denoiser, score: Denoiser, y: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Delta = D_q - D_phi as c_out (F_q - F_phi): c_skip y cancels, and small differences keep their precision."""
+    return teacher.precondition(t)[1] * (teacher.raw(y, t, text) - score.raw(y, t, text))
 
 
 # --- shared block: estimator ---
 @dataclass
 class Chain:
-    """Where the E-step ended. Offsets count from `x`."""
+    """Where the E-step ended: y_K = x + clean + sigma nu."""
 
     z0: Tensor
     z: Tensor  # z_K
     sigma: Tensor
     x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
-    noisy: Tensor  # offset s eps_K
-    clean: Tensor  # the same less s nu_K, by a recursion that never sees the noise
+    clean: Tensor  # the noise-free part of y - x, by a recursion that never sees the noise
     nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
     last: Tensor  # noise injected in the last step
     logs: dict[str, Tensor]  # Float[B] each
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.flatten(1).pow(2).mean(1).sqrt()
 
 
 def e_step(
     generator: Callable, difference: Callable, z: Tensor, eps: Tensor, sigma: Tensor, normal_like: Callable, args: Args
 ) -> Chain:
     """[EMD] E-step: K Langevin steps on rho(eps, z), log rho = ln q(y) - ln p(y) - |eps|^2/2 - |z|^2/2, started
-    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz:
+    at the student's own (eps_0, z_0). In (eps, z), with J = dg/dz and eps = clean / s + nu:
         eps <- (1 - gamma_eps) eps + gamma_eps Delta / s         + sqrt(2 gamma_eps) n
         z   <- (1 - gamma_z)   z   + gamma_z   J^T Delta / s^2   + sqrt(2 gamma_z)   n'
     In (x, z) the state is y, gamma_eps s^2 is its step, and J^T (y - g(z)) / s^2 pulls z. generator: z -> x,
@@ -624,38 +585,33 @@ def e_step(
         if args.moves_z or step == 0:
             z, before = z.detach().requires_grad_(args.moves_z), x
             x = generator(z)
-            if in_x and step > 0:  # z moved and y did not: the offsets of y from g(z) did
-                jump = (before - x).detach()
-                eps, clean = eps + jump / sigma, clean + jump
-        delta = difference(x.detach() + sigma * eps, sigma)
+            if in_x and step > 0:  # z moved and y did not: the offset of y from g(z) did
+                clean = clean + (before - x).detach()
+        offset = clean + sigma * nu
+        delta = difference(x.detach() + offset, sigma)
         first = delta if first is None else first
         last = scale * normal_like(eps)
         if args.moves_z:
-            pull = eps / sigma if in_x else delta / sigma**2
+            pull = (offset if in_x else delta) / sigma**2
             drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
             # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
-            rms = drift.flatten(1).pow(2).mean(1).sqrt()
-            drift = drift * (args.z_clip / rms.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
-            clipped = clipped + (rms > args.z_clip)
+            size = rms(drift)
+            drift = drift * (args.z_clip / size.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
+            clipped = clipped + (size > args.z_clip)
             z = (1 - args.gamma_z) * z.detach() + drift + scale_z * normal_like(z)
-        eps = (1 - gamma) * eps + gamma * delta / sigma + last
         nu = (1 - gamma) * nu + last
         clean = (1 - gamma) * clean + gamma * delta
-    logs = {
-        "z_norm": z.flatten(1).pow(2).mean(1).sqrt(),
-        "z_clipped_share": clipped / args.k,
-        "delta_rms": first.flatten(1).pow(2).mean(1).sqrt(),
-        "delta_cosine": torch.cosine_similarity(first.flatten(1), delta.flatten(1)),
-    }
-    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, sigma * eps, clean, nu, last, logs)
+    cosine = torch.cosine_similarity(first.flatten(1), delta.flatten(1))
+    logs = {"z_norm": rms(z), "z_clipped_share": clipped / args.k, "delta_rms": rms(first), "delta_cosine": cosine}
+    return Chain(z0, z, sigma, x.detach() if args.moves_z else x, clean, nu, last, logs)
 
 
 def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
     """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
     |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
     """
-    noisy = chain.noisy - chain.sigma * chain.last if args.cancel == "last" else chain.noisy
-    target = chain.clean if args.cancel == "full" else noisy
+    noise = {"full": 0.0, "last": chain.nu - chain.last}.get(args.cancel, chain.nu)
+    target = chain.clean + chain.sigma * noise
     if args.corrector == "x-z":  # y does not follow the last move of z
         target = target + (chain.x - x).detach()
     return target / (1 if args.weight == "s2" else chain.sigma**2)
@@ -663,13 +619,17 @@ def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
 
 def m_step_loss(generator: Callable[[Tensor], Tensor], chain: Chain, args: Args) -> tuple[Tensor, Tensor]:
     """Mean over the batch of |r|^2 / 2, whose gradient is -J_theta(z_K)^T r, and r itself."""
+
+    def regress(x: Tensor, r: Tensor) -> Tensor:
+        # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
+        return 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+
     x = generator(chain.z) if args.moves_z else chain.x
     r = residual(chain, x, args)
-    # (x - sg(x)) is 0: written so, a small r is not rounded to the precision of x.
-    loss = 0.5 * (x - x.detach() - r).pow(2).flatten(1).sum(1).mean()
+    loss = regress(x, r)
     if args.cancel == "exact":  # not in the paper: the noise is taken off at z_0, of which it is independent
-        x, less = generator(chain.z0), chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
-        loss = loss + 0.5 * (x - x.detach() + less).pow(2).flatten(1).sum(1).mean()
+        noise = chain.sigma * chain.nu / (1 if args.weight == "s2" else chain.sigma**2)
+        loss = loss + regress(generator(chain.z0), -noise)
     return loss, r
 
 
@@ -683,56 +643,20 @@ def denoising_loss(net: Denoiser, x: Tensor, t: Tensor, eps: Tensor, text: Tenso
     return (net.raw(y, t, text) - (x - c_skip * y) / c_out).pow(2).flatten(1).sum(1).mean()
 
 
-def ddim(denoise: Callable, z: Tensor, levels: Tensor, last: int, steps: int) -> Tensor:
+def ddim(denoise: Callable, z: Tensor, levels: Tensor, steps: int) -> Tensor:
     """[DDIM], deterministic, which in y is Euler's method: denoise(y, t) `steps` times, from z ~ N(0, I) to a latent.
-    levels Float[T]: s_t, of which `last` is the first one visited.
+    levels Float[T]: s_t, of which the last is the first one visited.
     """
-    times = torch.linspace(last, 0, steps + 1).round().long().tolist()[:-1]
-    y = z * float((1 + levels[times[0]] ** 2).sqrt())  # x_T = z
-    for here, there in zip(times, [*times[1:], None], strict=True):
-        clean = denoise(y, torch.full((len(z),), here, device=z.device))
-        y = clean if there is None else clean + float(levels[there] / levels[here]) * (y - clean)
+    times = torch.linspace(len(levels) - 1, 0, steps + 1, device=z.device).round().long()[:-1]
+    ratios = torch.cat([levels[times[1:]], levels.new_zeros(1)]) / levels[times]
+    y = z * (1 + levels[-1] ** 2).sqrt()  # x_T = z
+    for t, ratio in zip(times, ratios, strict=True):
+        clean = denoise(y, t.expand(len(z)))
+        y = clean + ratio * (y - clean)
     return y
 
 
-# --- shared block: average and noise ---
-def ema_decay(step: int, args: Args) -> float:
-    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
-    if not args.ema or not args.ema_ramp:
-        return args.ema
-    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
-
-class Noise:
-    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
-    resumed run, and any number of processes, draw the same.
-    """
-
-    def __init__(self, device: torch.device | str, *key: int):
-        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def normal_like(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=self.device, dtype=like.dtype)
-
-    def integers(self, high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self.generator, device=self.device)
-
-    # --- end shared block: average and noise ---
-
-    def timesteps(self, low: int, high: int, count: int) -> Tensor:
-        return low + self.integers(high - low + 1, count)
-
-
-# --- Run folder, checkpoints, logs ---
+# --- Run folder, checkpoints, updates ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
@@ -800,62 +724,13 @@ class Run:
 # --- end shared block: run folder ---
 
 
-# --- shared block: checkpoints ---
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
-    path = folder / "checkpoints" / f"{step:09d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
-        for old in sorted(path.parent.glob("*.pt"))[:-2]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--runs-dir: {path} was not written ({error}): make room, then --resume {folder}.") from error
+# --- shared block: training ---
+def to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
 
 
-def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
-    UserError.
-    """
-    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
-    for path in paths:
-        try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises one of many types
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"warning: checkpoint {path} cannot be read ({reason})", file=sys.stderr)
-    if paths:
-        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
-    return 0, {}
-
-
-def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fill networks and optimisers. Raises UserError."""
-    try:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = f"its checkpoint does not fit these settings ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"--resume or --eval-only {folder}: {reason}; leave out flags that change a size.") from error
-
-
-class Means:
-    """Collects values over updates, micro-batches and processes. add() takes one or Float[B], weights of the same."""
-
-    def __init__(self, acc: Accelerator):
-        self.acc, self.sums = acc, {}
-
-    def add(self, name: str, values: Tensor | float, weights: Tensor | None = None) -> None:
-        values = torch.as_tensor(values, dtype=torch.float32).detach().flatten()
-        weights = torch.ones_like(values) if weights is None else weights.flatten().float()
-        self.sums[name] = self.sums.get(name, 0) + torch.stack([(values * weights).sum(), weights.sum()])
-
-    def take(self) -> dict[str, float]:
-        table = torch.stack([pair.to(self.acc.device) for pair in self.sums.values()])
-        names, self.sums = list(self.sums), {}
-        pairs = zip(names, self.acc.reduce(table, "sum").tolist(), strict=True)
-        return {name: total / count for name, (total, count) in pairs if count}
+def to_uint8(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
@@ -865,92 +740,153 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-# --- end shared block: checkpoints ---
+def ema_decay(step: int, args: Args) -> float:
+    """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
+    if not args.ema or not args.ema_ramp:
+        return args.ema
+    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
 
 
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [one-step, em-distillation]
----
-One-step generator distilled by EM Distillation (arXiv:2405.16852) from `{teacher}`; its licence is the teacher's.
-
-    from diffusers import StableDiffusionPipeline
-    pipe = StableDiffusionPipeline.from_pretrained("FOLDER")
-    image = pipe("{caption}", num_inference_steps=1, guidance_scale=0).images[0]
-
-Trained for {step:,} generator updates of {batch:,} pictures at {size} px: K = {k}, corrector {corrector}, gamma_eps
-{gamma_eps}, gamma_z {gamma_z}, teacher guidance {guidance}, t* = {t_star}, seed {seed}; {captions:,} captions.
-These are the averaged weights (decay {ema}). Other step counts than 1 and guidance are not supported.
-
-Measured by the script that trained it:
-
-```json
-{scores}
-```
-"""
+@torch.no_grad()
+def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
 
-def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -> None:
-    """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
-    if not run.writes:
-        return
-    folder, facts = run.folder / "pipeline", run.folder / "eval.json"
-    parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
-    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(
-        folder.with_suffix(".tmp"), safe_serialization=True
-    )
-    scores = facts.read_text() if facts.exists() else '"not evaluated"'
-    values = dataclasses.asdict(args) | {"teacher": args.teacher or "a pipeline trained on drawn shapes"}
-    values |= {"caption": setup.captions.texts[0], "captions": len(setup.captions.texts), "scores": scores}
-    card = CARD.format(step=step, batch=args.batch_size, size=args.image_size, **values)
-    (folder.with_suffix(".tmp") / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".tmp").rename(folder)
+class Noise:
+    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
+    resumed run, and any number of processes, draw the same.
+    """
+
+    def __init__(self, device: torch.device | str, *key: int):
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        return self.normal(*like.shape, dtype=like.dtype)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.device)
 
 
-# --- Evaluation ---
-class Features(nn.Module):
-    """UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or the mean colours of 4x4 regions."""
+class Means:
+    """Means over updates, micro-batches and processes. add() takes a number or Float[B], which may be empty."""
 
-    def __init__(self, args: Args):
-        super().__init__()
-        self.name, self.net = "mean colours of 4x4 regions", None
-        if args.features:
-            try:
-                self.net, self.name = torch.jit.load(args.features, "cpu"), Path(args.features).name
-            except (RuntimeError, ValueError, OSError) as error:
-                problem = f"cannot be loaded ({str(error).splitlines()[0][:100]}): name inception-2015-12-05.pt"
-                raise UserError(f"--features {args.features} {problem}, or leave it out.") from error
+    def __init__(self, acc: Accelerator):
+        self.acc, self.sums = acc, {}
 
-    def forward(self, images: Tensor) -> Tensor:
-        if self.net is None:
-            return adaptive_avg_pool2d(to_float(images), 4).flatten(1)
-        return self.net(shrink(images), return_features=True)
+    def add(self, name: str, values: Tensor | float) -> None:
+        values = torch.as_tensor(values, dtype=torch.float32, device=self.acc.device).detach().flatten()
+        self.sums[name] = self.sums.get(name, 0) + torch.stack([values.sum(), torch.ones_like(values).sum()])
+
+    def take(self) -> dict[str, float]:
+        table = self.acc.reduce(torch.stack(list(self.sums.values())), "sum").tolist()
+        names, self.sums = list(self.sums), {}
+        return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
 
 
-def shrink(images: Tensor, size: int = 256) -> Tensor:
-    """Pictures larger than `size` at that size, by Pillow's Lanczos filter: the MSCOCO-30k protocol."""
-    if images.shape[-1] <= size:
-        return images
-    small = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size, size), 1) for image in images]
-    return torch.tensor(np.stack(small)).permute(0, 3, 1, 2).to(images.device)
+@contextlib.contextmanager
+def refuse(what: str, way_out: str) -> Iterator[None]:
+    """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
+    UserError.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
-def load_reference(args: Args) -> Iterator[Tensor]:
-    """Pictures of --reference, centre-cropped to squares of at most 256 pixels. Raises UserError."""
-    kinds, size = {".jpg", ".jpeg", ".png", ".webp"}, min(256, args.image_size)
-    paths = sorted(path for path in Path(args.reference).rglob("*") if path.suffix.lower() in kinds)
-    require(args, "reference", len(paths) >= 8, f"holds {len(paths)} pictures: name a folder of at least 8")
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """The state_dict of everything that moves; the last two are kept. Raises UserError."""
+    path = folder / "checkpoints" / f"{step:09d}.pt"
+    with refuse(f"--runs-dir: {path} was not written", f"make room, then --resume {folder}"):
+        path.parent.mkdir(exist_ok=True)
+        torch.save({name: part.state_dict() for name, part in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)  # only a whole file gets the name
+        for old in sorted(path.parent.glob("*.pt"))[:-2]:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
+    UserError.
+    """
+    paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--reference {path} cannot be read ({error}): delete it.") from error
-        yield torch.tensor(np.asarray(image)).permute(2, 0, 1)[None]
+            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
+                return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
+    return 0, {}
 
 
-# --- shared block: comparison ---
+def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Fill networks and optimisers. Raises UserError."""
+    what = f"--resume or --eval-only {folder}: its checkpoint does not fit these settings"
+    with refuse(what, "leave out flags that change a size"):
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+
+
+def accumulate(
+    args: Args, means: Means, name: str, key: tuple, total: int, loss_of: Callable, optimizer: Any, lr: float, clip=0.0
+) -> None:
+    """One update on loss_of(noise, count), the mean over a micro-batch of `count` of the update's `total` images. The
+    networks stay outside of any wrapper, so that the E-step's gradients of z start no communication: those of the
+    parameters are summed over processes here. Raises UserError.
+    """
+    acc, size, parameters = means.acc, min(args.micro_batch_size, total), optimizer.param_groups[0]["params"]
+    reason = f"makes {total // size} that {acc.num_processes} processes cannot share evenly: try "
+    shared = total // size % acc.num_processes == 0
+    require(args, "micro_batch_size", shared, f"{reason}{max(1, total // acc.num_processes)}")
+    for slot in range(acc.process_index, total // size, acc.num_processes):
+        loss = loss_of(Noise(acc.device, args.seed, *key, slot), size)
+        (loss * size / total).backward()
+        means.add(f"losses/{name}", loss)
+    for p in parameters if acc.num_processes > 1 else ():
+        p.grad = acc.reduce(p.grad, "sum")
+    means.add(f"losses/{name}_grad_norm", nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def loop(
+    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
+) -> Iterator[int]:
+    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
+    yields `done` after each. `offset` counts the updates of earlier stages.
+    """
+    means, since, mark = Means(acc), first, time.perf_counter()
+    for done in range(first + 1, updates + 1):
+        update(done, means)
+        # Any process may have been asked to stop: all of them do, after the same update.
+        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        last = done == updates
+        if run.stop or last or done % args.log_every == 0:
+            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
+            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
+            logs |= {"perf/updates_per_second": speed}
+            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            if acc.device.type == "cuda":
+                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            run.log(offset + done, logs)
+            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
+            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
+        if run.writes and (run.stop or last or done % args.save_every == 0):
+            save_checkpoint(run.folder, offset + done, state)
+        if run.stop and not last:
+            acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
+            return
+        yield done
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
     Features Float[N, D].
@@ -977,23 +913,92 @@ def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
     return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
 
 
-# --- end shared block: comparison ---
+# --- end shared block: training ---
+
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [one-step, em-distillation]
+---
+One-step generator distilled by EM Distillation (arXiv:2405.16852) from `{teacher}`; its licence is the teacher's.
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("FOLDER")
+    image = pipe("{caption}", num_inference_steps=1, guidance_scale=0).images[0]
+
+Averaged weights after {step:,} generator updates on {captions:,} captions. Other step counts than 1 and guidance are
+not supported. Settings, and scores measured by the script that trained it:
+
+```json
+{facts}
+```
+"""
+
+
+def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -> None:
+    """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
+    if not run.writes:
+        return
+    folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
+    parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
+    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(aside)
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if not isinstance(value, str)}
+    facts = {"settings": settings}  # without texts, which may be paths of this machine
+    facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
+    texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained on drawn shapes"
+    values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
+    (aside / "README.md").write_text(CARD.format(facts=json.dumps(facts, indent=2), **values))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+# --- Evaluation ---
+class Features(nn.Module):
+    """UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or the mean colours of 4x4 regions."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.name, self.net = "mean colours of 4x4 regions", None
+        if args.features:
+            way_out = "name inception-2015-12-05.pt, or leave it out"
+            with refuse(f"--features {args.features} cannot be loaded", way_out):
+                self.net, self.name = torch.jit.load(args.features, "cpu"), Path(args.features).name
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.net is None:
+            return adaptive_avg_pool2d(to_float(images), 4).flatten(1)
+        return self.net(shrink(images), return_features=True)
+
+
+def shrink(images: Tensor, size: int = 256) -> Tensor:
+    """Pictures larger than `size` at that size, by Pillow's Lanczos filter: the MSCOCO-30k protocol."""
+    if images.shape[-1] <= size:
+        return images
+    small = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size, size), 1) for image in images]
+    return torch.tensor(np.stack(small)).permute(0, 3, 1, 2).to(images.device)
+
+
+def load_reference(args: Args) -> Iterator[Tensor]:
+    """Pictures of --reference, centre-cropped to squares of at most 256 pixels. Raises UserError."""
+    kinds, size = {".jpg", ".jpeg", ".png", ".webp"}, min(256, args.image_size)
+    paths = sorted(path for path in Path(args.reference).rglob("*") if path.suffix.lower() in kinds)
+    require(args, "reference", len(paths) >= 8, f"holds {len(paths)} pictures: name a folder of at least 8")
+    for path in paths:
+        with refuse(f"--reference {path} cannot be read", "delete it"):
+            image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        yield torch.tensor(np.asarray(image)).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
 def clip_score(folder: str, pixels: Tensor, texts: list[str]) -> float:
     """Mean cosine of picture and caption in the CLIPModel of a folder. Raises UserError."""
-    try:
+    with refuse(f"--clip {folder} cannot be loaded", "name a CLIPModel folder"):
         model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # a damaged, foreign or missing folder raises one of many types
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"--clip {folder} cannot be loaded ({problem}); name a CLIPModel folder.") from error
     mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]]).view(2, 1, 3, 1, 1)
-    size, total = model.config.vision_config.image_size, 0.0
+    size, most, total = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings, 0.0
     for i in range(0, len(texts), 32):
         images = interpolate(pixels[i : i + 32] / 255, (size, size), mode="bicubic", antialias=True)
-        most = model.config.text_config.max_position_embeddings
         words = tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=most, return_tensors="pt")
         found = model(pixel_values=(images - mean) / std, **words)
         total += float((found.image_embeds * found.text_embeds).sum())
@@ -1010,64 +1015,60 @@ class Evaluator:
         picks = Noise("cpu", 0).integers(len(self.captions.texts), args.eval_samples // args.eval_per_prompt)
         self.picks = picks.repeat_interleave(args.eval_per_prompt)
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
-        self.features = Features(args).to(acc.device).eval().requires_grad_(False)
+        self.features, self.drawn = Features(args).to(acc.device).eval(), set(self.texts) <= grammar().keys()
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
-        elif set(self.texts) <= grammar().keys():
+        elif self.drawn:
             drawn = [draw(text, args.image_size, seed) for seed, text in enumerate(self.texts)]
             self.references["data"] = self.extract(torch.tensor(np.stack(drawn)).permute(0, 3, 1, 2))
-        pixels, seconds = self.sample(lambda z, text: teacher_samples(args, setup, z, text))
-        self.teacher = self.extract(pixels)
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
-        self.teacher_scores = self.score(pixels, self.teacher, evaluations, seconds)
-        self.references["teacher"] = self.teacher
-
-    @torch.no_grad()
-    def sample(self, sampler: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
-        """UInt8[N, 3, H, W], seconds per picture. Noise depends on the chunk alone; processes share the chunks."""
-        acc, size, started = self.acc, self.args.eval_batch_size, time.perf_counter()
-        side = self.args.image_size
-        pixels = torch.zeros(len(self.picks), 3, side, side, dtype=torch.int32, device=acc.device)
-        for index in range(acc.process_index, -(-len(self.picks) // size), acc.num_processes):
-            part = self.picks[index * size :][:size]
-            z = Noise(acc.device, 0, index).normal(len(part), *self.setup.shape)
-            made = decode(self.setup.pipe, sampler(z, self.captions(part)))
-            pixels[index * size :][:size] = to_uint8(made).int()
-        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
-        return pixels, (time.perf_counter() - started) * acc.num_processes / len(pixels)
+        self.teacher_scores, features = self.score(setup.teacher_samples, evaluations)
+        self.references["teacher"] = features
 
     @torch.no_grad()
     def extract(self, pixels: Tensor) -> Tensor:
         size = self.args.eval_batch_size
         return torch.cat([self.features(part.to(self.acc.device)).float().cpu() for part in pixels.split(size)])
 
-    def score(self, pixels: Tensor, features: Tensor, evaluations: int, seconds: float) -> dict[str, float]:
-        torch.manual_seed(0)  # torchmetrics draws subsets from the global generator
+    @torch.no_grad()
+    def score(self, sampler: Callable[[Tensor, Tensor], Tensor], evaluations: int) -> tuple[dict, Tensor]:
+        """Scores of the latents sampler(z, text), decoded, and their features. Noise depends on the chunk alone;
+        processes share the chunks.
+        """
+        args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
+        shape = args.eval_samples, 3, args.image_size, args.image_size
+        pixels = torch.zeros(shape, dtype=torch.int32, device=acc.device)
+        for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
+            part = self.picks[index * size :][:size]
+            z = Noise(acc.device, 0, index).normal(len(part), *self.setup.shape)
+            made = decode(self.setup.pipe, sampler(z, self.captions(part)))
+            pixels[index * size :][:size] = to_uint8(made).int()
+        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+        seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
         scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
+
+        torch.manual_seed(0)  # torchmetrics draws subsets from the global generator
+        features, each = self.extract(pixels), args.eval_per_prompt
         for reference, real in self.references.items():
-            compared = compare(real, features, "fid" if self.args.features else "frechet")
+            compared = compare(real, features, "fid" if args.features else "frechet")
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
-        each = self.args.eval_per_prompt
         if each > 1:  # mean distance of two pictures of one caption
             together = torch.cdist(*[features.view(-1, each, features.shape[1])] * 2)
             scores["diversity"] = float(together.sum((1, 2)).mean() / (each * (each - 1)))
-        if set(self.texts) <= grammar().keys():
-            asked = np.array([grammar()[text] for text in self.texts])
-            right = asked == np.array(measure(pixels))
+        if self.drawn:
+            right = np.array([grammar()[text] for text in self.texts]) == np.array(measure(pixels))
             scores |= {f"accuracy_{name}": float(right[:, i].mean()) for i, name in enumerate(ATTRIBUTES)}
             scores |= {"accuracy_mean": float(right.mean()), "accuracy_all": float(right.all(1).mean())}
-        if self.args.clip:
-            scores["clip_score"] = clip_score(self.args.clip, pixels, self.texts)
-        return scores
+        if args.clip:
+            scores["clip_score"] = clip_score(args.clip, pixels, self.texts)
+        return scores, features
 
     def __call__(self, average: Denoiser, run: Run, step: int) -> dict[str, float]:
         """Scores of a generator, written to eval.json beside the teacher's."""
-        pixels, seconds = self.sample(lambda z, text: generate(average, z, text, self.args.t_star))
-        features = self.extract(pixels)
-        student = self.score(pixels, features, 1, seconds)
+        student, _ = self.score(lambda z, text: generate(average, z, text, self.args.t_star), 1)
         if "diversity" in student:
             student["diversity_ratio"] = student["diversity"] / max(self.teacher_scores["diversity"], 1e-12)
-        result = {"step": step, "samples": len(pixels), "captions": len(set(self.texts))}
+        result = {"step": step, "samples": len(self.texts), "captions": len(set(self.texts))}
         result |= {"features": self.features.name, "guidance": self.args.guidance}
         text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)
         if run.writes:
@@ -1077,46 +1078,6 @@ class Evaluator:
 
 
 # --- Training ---
-# --- shared block: updates ---
-def micro_batches(total: int, args: Args, acc: Accelerator) -> tuple[range, int]:
-    """Which micro-batches of an update of `total` images are this process's, and their size. Raises UserError."""
-    size, processes = min(args.micro_batch_size, total), acc.num_processes
-    reason = f"makes {total // size} that {processes} processes cannot share evenly: try {max(1, total // processes)}"
-    require(args, "micro_batch_size", total // size % processes == 0, reason)
-    return range(acc.process_index, total // size, processes), size
-
-
-def optimizer_step(acc: Accelerator, optimizer: torch.optim.Optimizer, lr: float, clip: float = 0.0) -> Tensor:
-    """One update from gradients summed over processes; their norm. The networks stay outside of any wrapper, so that
-    the E-step's gradients of z start no communication.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    if acc.num_processes > 1:
-        flat = acc.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(part.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-# --- end shared block: updates ---
-
-
-def accumulate(
-    args: Args, optimizer: Any, lr: float, loss_of: Callable, total: int, key: tuple, means: Means, name: str
-) -> None:
-    """One update on loss_of(noise, count), a mean over `count` of the update's `total` pictures at a time."""
-    slots, size = micro_batches(total, args, means.acc)
-    for slot in slots:
-        loss = loss_of(Noise(means.acc.device, args.seed, *key, slot), size)
-        (loss * size / total).backward()
-        means.add(f"losses/{name}", loss)
-    means.add(f"losses/{name}_grad_norm", optimizer_step(means.acc, optimizer, lr))
-
-
 def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
     """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store."""
     if args.beta1:
@@ -1127,41 +1088,6 @@ def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
 def adam_lr(args: Args, lr: float, update: int) -> float:
     """What `update`, counted from 1, multiplies by: RMSprop does not correct its second moment for its start at 0."""
     return lr if args.beta1 else lr * math.sqrt(1 - args.beta2**update)
-
-
-# --- shared block: stage ---
-def loop(
-    args: Args, run: Run, acc: Accelerator, first: int, updates: int, offset: int, state: dict, update: Callable
-) -> Iterator[int]:
-    """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
-    yields `done` after each. `offset` counts the updates of earlier stages.
-    """
-    means, since, mark = Means(acc), first, time.perf_counter()
-    for done in range(first + 1, updates + 1):
-        update(done, means)
-        # Any process may have been asked to stop: all of them do, after the same update.
-        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
-        last = done == updates
-        if run.stop or last or done % args.log_every == 0:
-            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
-            shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
-            logs |= {"perf/updates_per_second": speed}
-            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-            if acc.device.type == "cuda":
-                logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            run.log(offset + done, logs)
-            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
-            if run.writes:
-                print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
-        if run.writes and (run.stop or last or done % args.save_every == 0):
-            save_checkpoint(run.folder, offset + done, state)
-        if run.stop and not last:
-            print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
-            return
-        yield done
-
-
-# --- end shared block: stage ---
 
 
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
@@ -1198,24 +1124,24 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
             latent = scale() * vae.encode(x).latent_dist.mean
         keep = noise.integers(10, count).tolist()  # a tenth learns the empty caption, for guidance
         features = encode(pipe, [text if kept else "" for text, kept in zip(texts, keep, strict=True)])
-        t = noise.timesteps(0, denoiser.last, count)
+        t = noise.integers(len(denoiser.levels), count)
         return denoising_loss(denoiser, latent, t, noise.normal_like(latent), features)
 
     def update(done: int, means: Means) -> None:
-        later = done - args.vae_steps
-        part = done if later <= 0 else later
-        lr = args.teacher_lr * min(1.0, 10 * part / (args.vae_steps if later <= 0 else args.teacher_steps))
-        if later <= 0:
-            accumulate(args, adam_vae, lr, vae_loss, args.teacher_batch_size, (0, done), means, "autoencoder")
-        else:
-            accumulate(args, adam, lr, unet_loss, args.teacher_batch_size, (0, done), means, "denoising")
-            update_ema(average, net, ema_decay(later, args))
+        stage = "autoencoder", done, args.vae_steps, vae_loss, adam_vae
+        if done > args.vae_steps:
+            stage = "denoising", done - args.vae_steps, args.teacher_steps, unet_loss, adam
+        name, part, parts, loss_of, optimizer = stage
+        lr = args.teacher_lr * min(1.0, 10 * part / parts)
+        accumulate(args, means, name, (0, done), args.teacher_batch_size, loss_of, optimizer, lr)
+        if name == "denoising":
+            update_ema(average, net, ema_decay(part, args))
 
     state = {"vae": vae, "net": net, "average": average, "adam_vae": adam_vae, "adam": adam}
     if saved:
         restore(run.folder, state, saved)
     updates = args.vae_steps + args.teacher_steps
-    print(f"{run.folder}: {args.vae_steps:,} updates of the autoencoder, {args.teacher_steps:,} of the UNet")
+    acc.print(f"{run.folder}: {args.vae_steps:,} updates of the autoencoder, {args.teacher_steps:,} of the UNet")
     done = max([first, *loop(args, run, acc, first, updates, 0, state, update)])
     if run.writes and done == updates:
         vae.register_to_config(scaling_factor=scale())
@@ -1231,30 +1157,20 @@ class Setup:
     """What distillation does not change: shape is that of a latent, C H W."""
 
     pipe: StableDiffusionPipeline
-    teacher: Denoiser
+    teacher: Denoiser  # guided
     captions: Captions
     shape: tuple[int, int, int]
+    ddim_steps: int
 
-
-def teacher_samples(args: Args, setup: Setup, z: Tensor, text: Tensor) -> Tensor:
-    def guided(y: Tensor, t: Tensor) -> Tensor:
-        return setup.teacher(y, t, text, args.guidance, setup.captions.empty)
-
-    return ddim(guided, z, setup.teacher.levels, setup.teacher.last, args.ddim_steps)
-
-
-def players(args: Args, setup: Setup, generator: Denoiser, score: Denoiser, text: Tensor, t: Tensor):
-    """generator: z -> x and difference: (y, s) -> Delta of these captions and timesteps, for e_step and m_step_loss."""
-
-    def difference(y: Tensor, sigma: Tensor) -> Tensor:
-        return denoiser_difference(setup.teacher, score, y, t, text, args.guidance, setup.captions.empty)
-
-    return lambda z: generate(generator, z, text, args.t_star), difference
+    def teacher_samples(self, z: Tensor, text: Tensor) -> Tensor:
+        return ddim(lambda y, t: self.teacher(y, t, text), z, self.teacher.levels, self.ddim_steps)
 
 
 def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
     state: dict[str, Any] = {name: copy.deepcopy(teacher) for name in ("generator", "score", "average")}
+    for net in state.values():
+        net.guidance = 1.0
     for name in ("generator", "score"):
         state[name].requires_grad_(True)
         if args.checkpointing:
@@ -1264,48 +1180,45 @@ def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
 
 
 def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Means) -> None:
-    generator, captions, device = state["generator"], setup.captions, means.acc.device
+    teacher, generator, score, captions = setup.teacher, state["generator"], state["score"], setup.captions
 
     def draw_inputs(noise: Noise, count: int) -> tuple[Tensor, Tensor]:
         return captions(noise.integers(len(captions.texts), count)), noise.normal(count, *setup.shape)
 
-    # 1. The student score network learns to denoise the generator's latents.
     def score_loss(noise: Noise, count: int) -> Tensor:
         text, z = draw_inputs(noise, count)
         with torch.no_grad():
             x = generate(generator, z, text, args.t_star)
-        t = noise.timesteps(0, setup.teacher.last, count)
-        return denoising_loss(state["score"], x, t, noise.normal_like(x), text)
+        t = noise.integers(len(teacher.levels), count)
+        return denoising_loss(score, x, t, noise.normal_like(x), text)
 
-    for turn in range(args.score_updates):
-        lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
-        key = 1, step, turn
-        accumulate(args, state["adam_score"], lr, score_loss, args.batch_size, key, means, "denoising")
-
-    slots, size = micro_batches(args.batch_size, args, means.acc)
-    for slot in slots:
-        noise = Noise(device, args.seed, 2, step, slot)
-        text, z = draw_inputs(noise, size)
-        t = noise.timesteps(args.t_min, args.t_max, size)
-        sigma, eps = setup.teacher.sigma(t), noise.normal_like(z)
+    def generator_loss(noise: Noise, count: int) -> Tensor:
+        text, z = draw_inputs(noise, count)
+        t, eps = args.t_min + noise.integers(args.t_max - args.t_min + 1, count), noise.normal_like(z)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
-        g, difference = players(args, setup, generator, state["score"], text, t)
-        chain = e_step(g, difference, z, eps, sigma, noise.normal_like, args)
+        g = functools.partial(generate, generator, text=text, t_star=args.t_star)
+
+        def difference(y: Tensor, sigma: Tensor) -> Tensor:
+            return denoiser_difference(teacher, score, y, t, text)
+
+        chain = e_step(g, difference, z, eps, teacher.sigma(t), noise.normal_like, args)
         # 3. M-step.
         generator.requires_grad_(True)
         loss, r = m_step_loss(g, chain, args)
-        (loss * size / args.batch_size).backward()
-        means.add("losses/generator", loss)
-        rms = r.pow(2).mean((1, 2, 3)).sqrt()
         for low, high in ((0, 250), (250, 500), (500, 750), (750, math.inf)):
-            means.add(f"chain/residual_rms_t{low}", rms, (t >= low) & (t < high))
+            means.add(f"chain/residual_rms_t{low}", rms(r)[(t >= low) & (t < high)])
         for name, values in chain.logs.items():
             means.add(f"chain/{name}", values)
-    lr = adam_lr(args, args.generator_lr, step)
-    norm = optimizer_step(means.acc, state["adam_generator"], lr, args.max_grad_norm)
-    means.add("losses/generator_grad_norm", norm)
+        return loss
 
+    # 1. The student score network learns to denoise the generator's latents.
+    for turn in range(args.score_updates):
+        lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
+        key = 1, step, turn
+        accumulate(args, means, "denoising", key, args.batch_size, score_loss, state["adam_score"], lr)
+    how = state["adam_generator"], adam_lr(args, args.generator_lr, step), args.max_grad_norm
+    accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, *how)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))
 
@@ -1316,23 +1229,25 @@ def write_media(args: Args, run: Run, step: int, setup: Setup, state: dict, acc:
     picks = Noise("cpu", 0, 1).integers(len(setup.captions.texts), 2).repeat_interleave(8)
     z, text, rows = Noise(acc.device, 0, 1).normal(16, *setup.shape), setup.captions(picks), []
     for at, words in zip(z.split(8), text.split(8), strict=True):
-        rows += [teacher_samples(args, setup, at, words), generate(state["average"], at, words, args.t_star)]
+        rows += [setup.teacher_samples(at, words), generate(state["average"], at, words, args.t_star)]
     images = torch.cat([decode(setup.pipe, row) for row in rows])
     run.media(step, "samples", tile(images, 8), scale=max(1, 128 // args.image_size))
 
 
-def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str]) -> tuple[Setup, dict[str, Any], int]:
-    """The frozen parts, the student's state as it starts, and how many updates the teacher took in this run."""
+def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], saved: dict) -> tuple[Setup, dict]:
+    """The frozen parts, and the student's state as it starts or as it was saved."""
     pipe = load_pipeline(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
     for part in (pipe.vae.to(acc.device), pipe.text_encoder, pipe.unet):
         part.eval().requires_grad_(False)
     captions = Captions(args, pipe, texts, acc.device)
     teacher = Denoiser(args, pipe.unet, pipe.scheduler).to(acc.device)
-    side = args.image_size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     state = init_state(args, teacher)
+    if "generator" in saved:
+        restore(run.folder, state, saved)
+    teacher.guidance, teacher.empty = args.guidance, captions.empty
     teacher.store_bf16()
-    setup = Setup(pipe, teacher, captions, (pipe.unet.config.in_channels, side, side))
-    return setup, state, (args.vae_steps + args.teacher_steps) * args.train_teacher
+    side = args.image_size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return Setup(pipe, teacher, captions, (pipe.unet.config.in_channels, side, side), args.ddim_steps), state
 
 
 def train(args: Args, acc: Accelerator) -> None:
@@ -1345,14 +1260,13 @@ def train(args: Args, acc: Accelerator) -> None:
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
-    setup, state, offset = load_everything(args, run, acc, texts)
+    setup, state = load_everything(args, run, acc, texts, saved)
+    offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
     # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
     needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
     free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
     require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
-    if "generator" in saved:
-        restore(run.folder, state, saved)
-    print(f"{run.folder}: {args.total_steps:,} updates of the generator")
+    acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
         last = done == args.total_steps
@@ -1378,41 +1292,38 @@ def evaluate(args: Args, acc: Accelerator) -> None:
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     texts = read_prompts(args, "prompts") if args.prompts else list(grammar())
-    setup, state, offset = load_everything(args, run, acc, texts)
-    restore(run.folder, state, saved)
+    setup, state = load_everything(args, run, acc, texts, saved)
     if run.writes:
         write_media(args, run, step, setup, state, acc)
     if args.eval_samples:
         Evaluator(args, acc, setup)(state["average"], run, step)
+    offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
     export(args, run, setup, state["average"], step - offset)
 
 
 def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[str, float]:
-    """Estimated GB of one process: what is stored, exactly; activations by the outputs of the layers of one backward
-    pass, of which checkpointing keeps those of the blocks and one block's own.
+    """Estimated GB of one process: what is stored, exactly; activations by the outputs of the layers of one pass, of
+    which checkpointing keeps those of the blocks and one block's own.
     """
-    weights, kept, blocks = sum(p.numel() for p in unet.parameters()) / 1e9, {}, {}
+    inside, outputs = Counter(), Counter()
+    weights, size = sum(p.numel() for p in unet.parameters()) / 1e9, 2 if args.dtype == "bf16" else 4
+
+    def note(sizes: Counter, block: str, part: nn.Module, inputs: Any, output: Any) -> None:
+        sizes[block] += (output[0] if isinstance(output, tuple) else output).numel() * size / 1e9
+
     for name, part in unet.named_modules():
-        block = re.match(r"(\w+_blocks?\.(?:\d+\.)?(?:resnets|attentions)\.\d+)(\..*)?$", name)
-
-        def count(part: nn.Module, inputs: Any, output: Any, block: Any = block, name: str = name) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            size = output.numel() * (2 if args.dtype == "bf16" else 4) / 1e9 if torch.is_tensor(output) else 0
-            if not list(part.children()):
-                owner = block[1] if block else ""
-                kept[owner] = kept.get(owner, 0) + size
-            if block and not block[2]:
-                blocks[name] = size
-
-        part.register_forward_hook(count)
+        block = re.match(r"(\w+_blocks?\.(\d+\.)?(resnets|attentions)\.\d+)?", name)[0]
+        if not list(part.children()):
+            part.register_forward_hook(functools.partial(note, inside, block))
+        elif name and name == block:
+            part.register_forward_hook(functools.partial(note, outputs, block))
     unet(latent, torch.zeros(len(latent)), text)
-    peak = sum(blocks.values()) + max(kept.values()) if args.checkpointing else sum(kept.values())
-    moments = 1 if not args.beta1 else 2
+    peak = outputs.total() + max(inside.values()) if args.checkpointing else inside.total()
     return {
-        "teacher's UNet": weights * (2 if args.dtype == "bf16" else 4),
+        "teacher's UNet": weights * size,
         "generator, its average, score network": 3 * 4 * weights,
         "gradients, of one network at a time": 4 * weights,
-        "optimisers": 2 * 4 * weights * moments,
+        "optimisers": 2 * 4 * weights * (2 if args.beta1 else 1),
         "activations of a micro-batch": peak,
     }
 

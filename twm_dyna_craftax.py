@@ -715,7 +715,7 @@ BLOCK = GRID * GRID + 1  # tokens of one step: 81 cells, then the action
 
 
 def rope(x: Array, position: Array) -> Array:
-    """[RoPE] rotate Float[B, heads, S, D] by Int[S] positions; dimension i is paired with i + D / 2."""
+    """[RoPE] rotate Float[..., S, D] by Int[S] positions; dimension i is paired with i + D / 2."""
     half = x.shape[-1] // 2
     angle = position[:, None] * 10_000.0 ** (-jnp.arange(half) / half)  # Float[S, D / 2]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
@@ -723,15 +723,16 @@ def rope(x: Array, position: Array) -> Array:
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
 
 
-def attend(query: Array, key: Array, value: Array, drop: Any, mask: Array | None = None) -> Array:
+def attend(query: Array, key: Array, value: Array, visible: Array | None = None, keep: Array | None = None) -> Array:
     """Softmax attention, weights in fp32, divided by their sum after the product with the values: that touches D
-    numbers a query instead of one a key. Float[B, heads, S, D] each; mask Bool[keys].
+    numbers a query instead of one a key. Float[..., S, D] each; visible Bool[keys]; keep Float[queries, keys]: dropout.
     """
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
-    scores = scores if mask is None else jnp.where(mask, scores, -1e30)
+    scores = jnp.einsum("...qd,...kd->...qk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
+    scores = scores if visible is None else jnp.where(visible, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True).astype(value.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", drop(weights).astype(value.dtype), value) / total
+    weights = weights if keep is None else weights * keep
+    return jnp.einsum("...qk,...kd->...qd", weights.astype(value.dtype), value) / total
 
 
 class TransformerBlock(nn.Module):
@@ -746,36 +747,47 @@ class TransformerBlock(nn.Module):
         self.qkv, self.out = dense(3 * args.wm_size), dense(args.wm_size)
         self.up, self.down = dense(4 * args.wm_size), dense(args.wm_size)
         self.drop = nn.Dropout(args.wm_dropout)
-        self.drop_weights = nn.Dropout(args.wm_dropout, broadcast_dims=(0, 1))  # one mask for batch and heads
 
     def heads(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
-        """Rotated queries and keys, and values: Float[B, heads, S, D] each."""
+        """Rotated queries and keys, and values: Float[heads, B, S, D] each."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.args.wm_heads, -1)
-        query, key, value = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        query, key, value = jnp.moveaxis(qkv, (2, 3), (0, 1))
         return rope(query, position), rope(key, position), value
 
     def merge(self, x: Array, attended: Array, deterministic: bool) -> Array:
         """The two residual branches, after attention."""
-        x = x + self.drop(self.out(attended.swapaxes(1, 2).reshape(x.shape)), deterministic)
+        x = x + self.drop(self.out(jnp.moveaxis(attended, 0, 2).reshape(x.shape)), deterministic)
         return x + self.drop(self.down(nn.gelu(self.up(self.norm2(x)))), deterministic)
 
     def __call__(self, x: Array, deterministic: bool) -> Array:
         """[TWM] block-causal attention: a token sees all tokens of its own step and of earlier ones. Only what is
-        visible is computed, one step's queries at a time.
+        visible is computed, one step's queries at a time. The gradient computes weights anew instead of storing them;
+        on a CPU, whose caches can hold the weights of one head, heads follow one another.
         """
-        query, key, value = self.heads(x, jnp.arange(x.shape[1]))
-        drop = functools.partial(self.drop_weights, deterministic=deterministic)
         ends = range(BLOCK, x.shape[1] + 1, BLOCK)
-        attended = [attend(query[:, :, e - BLOCK : e], key[:, :, :e], value[:, :, :e], drop) for e in ends]
-        return self.merge(x, jnp.concatenate(attended, axis=2), deterministic)
+        # One dropout mask for batch and heads.
+        keeps = [None if deterministic else self.drop(jnp.ones((BLOCK, end)), False) for end in ends]
+
+        @jax.checkpoint
+        def one_head(head: tuple[Array, Array, Array]) -> Array:
+            query, key, value = head  # Float[B, S, D]
+            parts = [
+                attend(query[:, end - BLOCK : end], key[:, :end], value[:, :end], keep=keep)
+                for end, keep in zip(ends, keeps, strict=True)
+            ]
+            return jnp.concatenate(parts, axis=1)
+
+        at_once = None if jax.default_backend() == "cpu" else self.args.wm_heads
+        heads = self.heads(x, jnp.arange(x.shape[1]))
+        return self.merge(x, jax.lax.map(one_head, heads, batch_size=at_once), deterministic)
 
     def step(self, x: Array, cache: Array, t: Array, length: int) -> tuple[Array, Array]:
-        """Step t alone, Float[B, 82, d], attending to cache Float[2, B, heads, S, D], read up to step length > t."""
+        """Step t alone, Float[B, 82, d], attending to cache Float[2, heads, B, S, D], read up to step length > t."""
         query, key, value = self.heads(x, t * BLOCK + jnp.arange(BLOCK))
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack([key, value]), t * BLOCK, axis=3)
         key, value = cache[:, :, :, : length * BLOCK]
-        mask = jnp.arange(length * BLOCK) < (t + 1) * BLOCK
-        return self.merge(x, attend(query, key, value, lambda weights: weights, mask), True), cache
+        visible = jnp.arange(length * BLOCK) < (t + 1) * BLOCK
+        return self.merge(x, attend(query, key, value, visible), True), cache
 
 
 class WorldModel(nn.Module):
@@ -823,7 +835,7 @@ class WorldModel(nn.Module):
     def step(
         self, tokens: Array, actions: Array, vocab: int, size: Array, caches: Array, t: Array, length: int
     ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Step t alone: tokens Int[B, 81], actions Int[B], caches Float[layers, 2, B, heads, S, D] of the steps before,
+        """Step t alone: tokens Int[B, 81], actions Int[B], caches Float[layers, 2, heads, B, S, D] of the steps before,
         read up to step length > t. Returns outputs with T = 1, caches.
         """
         x = self.embed(tokens[:, None], actions[:, None])
@@ -834,8 +846,8 @@ class WorldModel(nn.Module):
 
 
 def empty_caches(args: Args, batch: int) -> Array:
-    shape = (args.wm_layers, 2, batch, args.wm_heads, args.context * BLOCK, args.wm_size // args.wm_heads)
-    return split_batch(jnp.zeros(shape, args.compute_dtype), axis=2)
+    shape = (args.wm_layers, 2, args.wm_heads, batch, args.context * BLOCK, args.wm_size // args.wm_heads)
+    return split_batch(jnp.zeros(shape, args.compute_dtype), axis=3)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -1097,6 +1109,12 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
     run.media(step, "imagined_vs_true", np.concatenate(np.concatenate(framed.reshape(-1, *framed.shape[2:]), 1), 1), 2)
 
 
+def world_model_flop(args: Args, vocab: int, steps: int) -> int:
+    """Products of a forward pass over one sequence. A token meets those of its own and of earlier steps."""
+    layer = 24 * steps * BLOCK * args.wm_size**2 + 2 * args.wm_size * BLOCK**2 * steps * (steps + 1)
+    return args.wm_layers * layer + 2 * steps * (BLOCK - 1) * args.wm_size * (args.wm_size + vocab)
+
+
 def dry_run(args: Args) -> None:
     """Print parameters, memory and arithmetic of a run, and its time at the speed of one measured gradient step."""
     state, key, vocab = jax.eval_shape(lambda: init_state(args)), jax.random.PRNGKey(0), min(args.codebook_size, 512)
@@ -1106,11 +1124,12 @@ def dry_run(args: Args) -> None:
     model, _ = jax.block_until_ready(train_step(init_world_model(args, key), jnp.int32(vocab), replay, key))
     start = time.perf_counter()
     jax.block_until_ready(train_step(model, jnp.int32(vocab), replay, key))
-    seconds, flop = time.perf_counter() - start, train_step.cost_analysis()["flops"]
+    seconds = time.perf_counter() - start
+    flop = 3 * args.wm_batch_size * world_model_flop(args, vocab, args.context)  # a backward pass counts as two
     env, act_once = state.env, jax.jit(functools.partial(act, args, greedy=False))
     policy = act_once.lower(state.policy.params, env.frame, env.reset, env.hidden, key).cost_analysis()["flops"]
-    frame = policy / args.num_envs  # one policy forward; a backward pass counts as two
-    dream = flop / 3 * dreamt / (args.wm_batch_size * args.context)
+    frame = policy / args.num_envs  # one policy forward
+    dream = args.imagination_envs * world_model_flop(args, vocab, args.imagination_steps)
     dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
     last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
     plan = {  # iterations, gradient steps in each, FLOP in each
@@ -1126,10 +1145,8 @@ def dry_run(args: Args) -> None:
         print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
     state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
     print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
-    tokens, eta = (
-        args.wm_batch_size * args.context * BLOCK,
-        sum(n * work for n, _, work in plan.values()) / flop * seconds,
-    )
+    tokens = args.wm_batch_size * args.context * BLOCK
+    eta = sum(n * work for n, _, work in plan.values()) / flop * seconds
     print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
     print(f"measured       a world-model step: {seconds:.2f} s, {flop / seconds / 1e9:.1f} GFLOP/s")
     print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")

@@ -34,13 +34,13 @@ def stock_step(state, actions, keys):
     return state, (frames, rewards, dones)
 
 
-def roll(step):
+def roll(step, num_envs=NUM_ENVS, steps=STEPS):
     def one(state, key):
         key_action, key_env = jax.random.split(key)
-        actions = jax.random.randint(key_action, (NUM_ENVS,), 0, script.NUM_ACTIONS)
-        return step(state, actions, jax.random.split(key_env, NUM_ENVS))
+        actions = jax.random.randint(key_action, (num_envs,), 0, script.NUM_ACTIONS)
+        return step(state, actions, jax.random.split(key_env, num_envs))
 
-    return jax.jit(lambda state, key: jax.lax.scan(one, state, jax.random.split(key, STEPS)))
+    return jax.jit(lambda state, key: jax.lax.scan(one, state, jax.random.split(key, steps)))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from ppo_cnnrnn_craftax import ACHIEVEMENTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 PUBLISHED = {"paper, world model": 67.4, "human": 65.0, "paper, PPO": 55.5, "DreamerV3": 53.2}  # reward % at 1M steps
 
@@ -45,9 +46,12 @@ def main(out: str, keys: str, *lines: str) -> None:
             runs = [curve for path in paths.split(",") for curve in curves(Path(path)) if name in curve]
             if not runs:
                 sys.exit(f"plot.py: {label} has no {name}")
-            steps = np.array(sorted(set.intersection(*[set(run["step"]) for run in runs])))
-            values = [[np.nan if v is None else v for v in run[name]] for run in runs]
-            grid = np.array([np.interp(steps, run["step"], v) for run, v in zip(runs, values, strict=True)], float)
+            points = [  # what a run logged now and then only, such as evaluations, joins its own points
+                np.array([(t, v) for t, v in zip(run["step"], run[name], strict=True) if v is not None], float).T
+                for run in runs
+            ]
+            steps = np.array(sorted(set.intersection(*[set(x) for x, _ in points])))
+            grid = np.array([np.interp(steps, x, y) for x, y in points])
             axis.plot(steps, grid.mean(0), label=f"{label} (n={len(runs)})")
             if len(runs) > 1:
                 axis.fill_between(steps, grid.min(0), grid.max(0), alpha=0.2)
@@ -55,7 +59,9 @@ def main(out: str, keys: str, *lines: str) -> None:
             for label, level in PUBLISHED.items():
                 axis.axhline(level, color="grey", linestyle=":", linewidth=0.8)
                 axis.text(axis.get_xlim()[1], level, f" {label}, 1M", fontsize=6, va="center")
-        axis.set_xlabel("environment steps" if rows == 1 else "")
+        axis.set_xlabel("steps" if rows == 1 else "")
+        axis.locator_params(axis="x", nbins=6)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
         if i == 0:

@@ -1,7 +1,8 @@
-"""Turn run folders into one result file: python benchmark/results.py NAME "COMMAND" RUN_FOLDER [RUN_FOLDER ...]
+"""Turn run folders into one result file: python benchmark/results.py NAME "COMMAND" [LABEL=]RUN_FOLDER [...]
 
 Writes benchmark/results/NAME.json: command, commit, hardware, and for every run its seed, steps, wall time, last logged
-values, evaluation and curves. Everything is read from the run folders' metrics.jsonl, args.json and eval.json.
+values, evaluation and curves. Everything is read from the run folders' metrics.jsonl, args.json and eval.json. The
+summary has minimum, mean and maximum over the runs of a label (without one: script and preset).
 """
 
 import datetime
@@ -13,15 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-CURVES = (
-    "charts/",
-    "achievements/",
-    "world_model/",
-    "losses/world_model_",
-    "losses/real_",
-    "losses/imagined_",
-    "perf/",
-)
+CURVES = ("charts/", "achievements/", "world_model/", "losses/", "chain/", "eval/", "perf/")
+HEADLINES = ("reward_percent", "score_percent", "frechet_to_data", "kid_to_data", "spread_ratio")
 
 
 def hardware() -> dict:
@@ -47,27 +41,40 @@ def commit_of(script: Path) -> str | None:
     return found[0] if found else None
 
 
-def read_run(folder: Path) -> dict:
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def wall_seconds(lines: list[dict]) -> float:
+    """Of the phases and of compiling, which is counted apart (JAX), or of the updates (EM Distillation)."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += sum(value for key, value in line.items() if key.startswith("perf/seconds_"))
+        seconds += line.get("perf/compile_seconds", 0.0)
+        if speed := line.get("perf/updates_per_second"):
+            seconds += (line["step"] - before) / speed
+        before = line["step"]
+    return seconds
+
+
+def read_run(folder: Path, label: str = "") -> dict:
     args = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = sorted({key for line in lines for key in line if key.startswith(CURVES)})
+    last = {key.split("/")[1]: value for line in lines for key, value in line.items() if "/" in key}
     evaluation = folder / "eval.json"
     return {
-        "label": folder.name.rsplit("__", 2)[0],
+        "label": label or folder.name.rsplit("__", 2)[0],
         "seed": args["seed"],
         "commit": commit_of(next(folder.glob("*.py"))),
         "steps": lines[-1]["step"],
-        # A phase is timed without compilation, which is counted apart.
-        "wall_seconds": round(
-            sum(value for line in lines for key, value in line.items() if key.startswith("perf/seconds_"))
-            + sum(line["perf/compile_seconds"] for line in lines)
-        ),
+        "wall_seconds": round(wall_seconds(lines)),
         "settings": {name: value for name, value in args.items() if name not in ("runs_dir", "resume", "eval_only")},
-        "metrics": {key.split("/")[1]: value for key, value in lines[-1].items() if "/" in key},
+        "metrics": last,
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
         "curve": {
             "step": [line["step"] for line in lines],
-            **{key.split("/")[1]: [line.get(key) for line in lines] for key in keys},
+            **{key.split("/")[1]: [rounded(line.get(key)) for line in lines] for key in keys},
         },
     }
 
@@ -86,10 +93,15 @@ def write(name: str, commands: list[str], runs: list[dict], summary: dict) -> No
 
 
 def main(name: str, command: str, *folders: str) -> None:
-    runs = [read_run(Path(folder)) for folder in folders]
-    rewards = [run["metrics"]["reward_percent"] for run in runs]
-    summary = {"seeds": len(runs), "reward_percent_mean": statistics.mean(rewards)}
-    write(name, [command], runs, summary | {"reward_percent_min": min(rewards), "reward_percent_max": max(rewards)})
+    runs = [read_run(Path(folder), label) for label, _, folder in (text.rpartition("=") for text in folders)]
+    summary = {}
+    for label in dict.fromkeys(run["label"] for run in runs):
+        metrics = [run["metrics"] for run in runs if run["label"] == label]
+        summary[label] = {"runs": len(metrics)}
+        for key in HEADLINES:
+            if values := [one[key] for one in metrics if key in one]:
+                summary[label][key] = [min(values), statistics.mean(values), max(values)]
+    write(name, [command], runs, summary)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 # Before jax is imported: the numbers below are those of a CPU, and processes that tests start share compiled programs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: test files run side by side, one a core
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jax_compilation_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

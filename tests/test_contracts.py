@@ -34,13 +34,8 @@ EXPECTED_BLOCKS = {
     "craftax agent": CRAFTAX,
     "run folder": ALL,
     "craftax run": CRAFTAX,
-    "pixels": EMD,
     "estimator": EMD,
-    "average and noise": EMD,
-    "checkpoints": EMD,
-    "comparison": EMD,
-    "updates": EMD,
-    "stage": EMD,
+    "training": EMD,
     "main": EMD,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)

@@ -1,19 +1,37 @@
-"""Two virtual CPU devices give the numbers of one."""
+"""Two and four virtual CPU devices give the numbers of one."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
-from conftest import metrics_of, run_script, state_of
+import pytest
+from conftest import ROOT, metrics_of, run_script, state_of
+
+# Two iterations, the second with imagination; one minibatch, whose four environments split over four devices.
+FLAGS = ("--preset", "smoke", "--total-steps", 48, "--num-minibatches", 1, "--media-every", 0, "--eval-episodes", 0)
 
 
-def test_two_devices_equal_one(half_run, tmp_path):
-    """Two iterations of the smoke preset, the second with imagination. Sums are taken in another order, so the last
-    bits differ; Adam's first steps divide small gradients by their own size, which enlarges that a little.
+def run_on(devices, folder):
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    run = run_script(folder, *FLAGS, environment=environment)
+    assert run.code == 0, run.err
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return run_on(1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_equal_one(devices, one_device, tmp_path):
+    """Sums are taken in another order, so the last bits differ; Adam's first steps divide small gradients by their own
+    size, which enlarges that a little.
     """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    flags = ("--preset", "smoke", "--total-steps", 48, "--media-every", 0, "--eval-episodes", 0)
-    two = run_script(tmp_path, *flags, environment=environment)
-    assert two.code == 0, two.err
-    ones, twos = metrics_of(half_run.folder), metrics_of(two.folder)
+    several = run_on(devices, tmp_path)
+    ones, twos = metrics_of(one_device), metrics_of(several)
     assert len(ones) == len(twos) == 2
     for one, other in zip(ones, twos, strict=True):
         names = [name for name in one if not name.startswith("perf/")]
@@ -22,7 +40,7 @@ def test_two_devices_equal_one(half_run, tmp_path):
             np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-5, err_msg=f"{name} {one['step']}")
     assert any(name.startswith("losses/imagined_") for name in twos[1])
 
-    one, other = state_of(half_run.folder), state_of(two.folder)  # which one device can read, too
+    one, other = state_of(one_device), state_of(several)  # which one device can read, too
     np.testing.assert_array_equal(one.codebook.codes, other.codebook.codes)
     assert one.codebook.size == other.codebook.size > 0
     for name in ("tokens", "actions", "dones", "frames"):
@@ -34,14 +52,8 @@ def test_two_devices_equal_one(half_run, tmp_path):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_the_second_device_takes_part(tmp_path):
+def test_the_second_device_takes_part():
     """Else the test above would compare one device with itself."""
-    import os
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     program = """
 import jax, twm_dyna_craftax as twm
 args = twm.PRESETS["smoke"]

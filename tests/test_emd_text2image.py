@@ -46,7 +46,9 @@ def setup_of(args):
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.eval().requires_grad_(False)
     captions = t2i.Captions(args, pipe, TEXTS, torch.device("cpu"))
-    return t2i.Setup(pipe, t2i.Denoiser(args, pipe.unet, pipe.scheduler), captions, (4, 8, 8))
+    teacher = t2i.Denoiser(args, pipe.unet, pipe.scheduler)
+    teacher.guidance, teacher.empty = args.guidance, captions.empty
+    return t2i.Setup(pipe, teacher, captions, (4, 8, 8), args.ddim_steps)
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -105,8 +107,8 @@ def test_levels_are_those_of_stable_diffusion():
     expected = {0: 7.07, 20: 3.96, 200: 1.12, 399: -0.30, 500: -0.96, 625: -1.83, 800: -3.26, 980: -5.14, 999: -5.36}
     assert found == expected
     rescaled = t2i.DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)  # ends in pure noise
-    last = t2i.last_timestep(rescaled)
-    assert gaussian(False).last == 999 and last < 999
+    last = len(t2i.noise_levels(rescaled)) - 1
+    assert len(gaussian(False).levels) == 1000 and last < 999
     assert rescaled.alphas_cumprod[last] > 1e-6 >= rescaled.alphas_cumprod[last + 1]
 
 
@@ -118,7 +120,7 @@ def test_eps_and_v_networks_are_the_same_denoiser_difference_and_loss(v):
     x, eps = normal(5, 4, 3, 3, dtype=torch.float64), normal(5, 4, 3, 3, seed=1, dtype=torch.float64)
     y = x + s * eps
     torch.testing.assert_close(q(y, t, NO_TEXT), q.unet.exact(y, s), rtol=1e-6, atol=1e-6)
-    delta = t2i.denoiser_difference(q, p, y, t, NO_TEXT, 1.0, None)
+    delta = t2i.denoiser_difference(q, p, y, t, NO_TEXT)
     torch.testing.assert_close(delta, q.unet.exact(y, s) - p.unet.exact(y, s), rtol=1e-6, atol=1e-6)
     error = (q.unet.exact(y, s) - x) / s * ((1 + s**2).sqrt() if v else 1)  # of eps; of v it is error / sigma
     loss = t2i.denoising_loss(q, x, t, eps, NO_TEXT)
@@ -130,7 +132,8 @@ def test_guidance_is_one_doubled_batch_and_amplifies_what_the_caption_adds():
     text, empty = normal(5, 2, 3, seed=2), normal(1, 2, 3, seed=3)
     with_caption, without = net.raw(y, t, text), net.raw(y, t, empty.expand(5, 2, 3))
     net.unet.inputs.clear()
-    guided = net.raw(y, t, text, 3.0, empty)
+    net.guidance, net.empty = 3.0, empty
+    guided = net.raw(y, t, text)
     assert [len(x) for x, _, _ in net.unet.inputs] == [10]
     torch.testing.assert_close(guided, without + 3 * (with_caption - without), **CLOSE)
 
@@ -150,7 +153,7 @@ def test_the_first_generator_is_the_teacher_at_t_star_on_scaled_noise():
 @pytest.mark.parametrize("v", [False, True])
 def test_ddim_follows_the_probability_flow(v):
     net, z = gaussian(v), normal(5, 4, 3, 3)
-    x = t2i.ddim(lambda y, t: net(y, t, NO_TEXT), z, net.levels, net.last, 500)
+    x = t2i.ddim(lambda y, t: net(y, t, NO_TEXT), z, net.levels, 500)
     s = float(net.levels[-1])
     flow = 0.3 + (z * math.sqrt(1 + s * s) - 0.3) * 0.7 / math.sqrt(0.49 + s * s)  # the ODE's solution for a Gaussian
     torch.testing.assert_close(x, flow, rtol=0.02, atol=0.02)
@@ -158,11 +161,17 @@ def test_ddim_follows_the_probability_flow(v):
 
 # --- T10: a diffusers pipeline as teacher ---
 def first_residual(args, setup):
-    state = t2i.init_state(args, setup.teacher)
+    state, setup.teacher.guidance = t2i.init_state(args, setup.teacher), args.guidance
     setup.teacher.store_bf16()
     text, z, eps = setup.captions(torch.arange(4)), normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1)
     t = torch.tensor([20, 300, 700, 979])
-    g, difference = t2i.players(args, setup, state["generator"], state["score"], text, t)
+
+    def g(z):
+        return t2i.generate(state["generator"], z, text, args.t_star)
+
+    def difference(y, sigma):
+        return t2i.denoiser_difference(setup.teacher, state["score"], y, t, text)
+
     chain = t2i.e_step(g, difference, z, eps, setup.teacher.sigma(t), t2i.Noise("cpu", 0).normal_like, args)
     return t2i.m_step_loss(g, chain, args)[1]
 
@@ -215,10 +224,12 @@ def test_the_lean_optimiser_is_adam_without_momentum():
     ours, adam = t2i.make_optimizer(args, nets[0]), torch.optim.Adam(nets[1].parameters(), betas=(0.0, 0.9))
     assert isinstance(ours, torch.optim.RMSprop)
     for update in range(1, 6):
-        for net in nets:
-            (net(normal(4, 3, seed=update)) ** 3).sum().backward()
-        t2i.optimizer_step(ACCELERATOR, ours, t2i.adam_lr(args, 0.01, update))
-        t2i.optimizer_step(ACCELERATOR, adam, 0.01)
+        for net, optimizer, lr in zip(nets, (ours, adam), (t2i.adam_lr(args, 0.01, update), 0.01), strict=True):
+
+            def loss_of(noise, count, net=net):
+                return (net(noise.normal(count, 3)) ** 3).sum()
+
+            t2i.accumulate(args, t2i.Means(ACCELERATOR), "x", (update,), args.batch_size, loss_of, optimizer, lr)
     torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-6, atol=1e-6)
     assert isinstance(t2i.make_optimizer(settings(beta1=0.5), nets[0]), torch.optim.Adam)
 
@@ -228,13 +239,14 @@ def test_the_lean_optimiser_is_adam_without_momentum():
 def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
     args, setup = predicted
     run = type("Folder", (), {"writes": True, "folder": tmp_path})()
-    t2i.export(args, run, setup, setup.teacher, 7)
+    average = t2i.init_state(args, setup.teacher)["average"]
+    t2i.export(args, run, setup, average, 7)
     pipe = t2i.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     z = normal(2, 4, 8, 8)
     how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt", "height": 32, "width": 32}
     found = pipe(TEXTS[:2], latents=z, **how).images
-    ours = t2i.generate(setup.teacher, z, setup.captions(torch.arange(2)), args.t_star)
+    ours = t2i.generate(average, z, setup.captions(torch.arange(2)), args.t_star)
     expected = (t2i.decode(setup.pipe, ours) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
