@@ -408,7 +408,7 @@ def main(argv: list[str]) -> None:
         f"{run['label']} at {run['steps']}": {key: run["metrics"][key]["all"] for key in ("cells", "frames")}
         for run in runs
     }
-    command = [f"runs/{Path(word).name}" if word in flags.folders else word for word in argv]
+    command = [f"runs/{Path(word).name}" if word in flags.folders else Path(word).name for word in argv]
     results.write(flags.name, [" ".join(["python benchmark/world_model_quality.py", *command])], runs, summary)
 
 
