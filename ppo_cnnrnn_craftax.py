@@ -24,6 +24,7 @@ import errno
 import functools
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -44,6 +45,7 @@ import orbax.checkpoint as ocp
 import tyro
 from flax import struct
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg is started by fork and exec: harmless
@@ -194,6 +196,11 @@ def on_devices(axis: int | None) -> NamedSharding:
     """Placement of an array: its batch `axis` split over all devices, or (None) a copy on each."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data"))
+
+
+def on_host(tree: Any) -> Any:
+    """Outside jit: every leaf whole, in numpy, also when other processes hold parts of it."""
+    return jax.device_get(jax.device_put(tree, on_devices(None)))
 
 
 def split_batch(tree: Any, axis: int) -> Any:
@@ -541,13 +548,11 @@ class EnvCarry:
 def init_env(args: Args, key: Array) -> EnvCarry:
     state, frame = env_reset(jax.device_put(jax.random.split(key, args.num_envs), on_devices(0)))
     rest = jnp.ones(args.num_envs, bool), jnp.zeros((args.num_envs, args.gru_size)), jnp.zeros(args.num_envs)
-    return EnvCarry(state, frame, *jax.device_put(rest, on_devices(0)))
+    return jax.device_put(EnvCarry(state, frame, *rest), on_devices(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def collect(
-    args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool = False
-) -> tuple[EnvCarry, Rollout, Array]:
+def collect(args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool) -> tuple[EnvCarry, Rollout, Array]:
     """num_steps steps of every environment with one policy. Besides the rollout it returns, for each step that ended
     an episode, its record (1, return, length, 22 achievements), and zeros for the others: Float[T, B, 25].
     """
@@ -618,7 +623,7 @@ def init_state(args: Args) -> TrainState:
 
 def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
     clock = Clock()
-    env, rollout, records = collect(args, state.policy.params, state.env, key)
+    env, rollout, records = collect(args, state.policy.params, state.env, key, False)
     sums = add_episodes(state.episode_sums, records)
     clock.lap("collect", sums)
     policy, log = ppo_update(args, state.policy, rollout)
@@ -629,7 +634,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
 
 
 def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: Rollout, key: Array) -> None:
-    run.media(step, "rollout", rollout.frames[:, 0])
+    run.media(step, "rollout", on_host(rollout.frames[:, 0]))
 
 
 def dry_run(args: Args) -> None:
@@ -724,8 +729,9 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
     try:
-        if (damaged := folder / "checkpoints" / str(step)).exists():  # else it would not be computed again
-            shutil.rmtree(damaged)
+        if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
+            shutil.rmtree(damaged)  # else it would not be computed again
+        multihost_utils.sync_global_devices("no checkpoint of this step")
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
@@ -806,8 +812,9 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
         while not rows[:, 0].all():  # until every environment has ended an episode
             part += 1
             carry, rollout, records = collect(args, params, carry, jax.random.fold_in(key, part), mode == "greedy")
-            for t, row in enumerate(np.asarray(records)):
-                frames += [] if rows[0, 0] else [np.asarray(rollout.frames[t, 0])]
+            records, video = on_host((records, rollout.frames[:, 0]))
+            for row, frame in zip(records, video, strict=True):
+                frames += [] if rows[0, 0] else [frame]
                 rows = np.where(rows[:, :1] == 0, row, rows)  # Float[n, 25]: the first episode's record
         run.media(step, f"eval_{mode}", np.stack(frames))
         returns, rates = rows[:, 1], rows[:, 3:].mean(0)
@@ -826,9 +833,15 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
 
 
 def start_jax(args: Args) -> None:
-    """Join other processes, keep compiled programs for the next run."""
-    if args.distributed:
-        jax.distributed.initialize()
+    """Join other processes, of which the first one prints; keep compiled programs for the next run."""
+    if args.distributed and not args.dry_run:
+        try:  # JAX itself reads JAX_COORDINATOR_ADDRESS, and asks launchers that it knows
+            given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+            jax.distributed.initialize(**{name: int(value) for name, value in given.items() if value})
+        except (ValueError, RuntimeError) as error:
+            way_out = "use a known launcher, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            raise UserError(f"--distributed True: the processes cannot join ({error}); {way_out}.") from error
+        sys.stdout = open(os.devnull, "w") if jax.process_index() > 0 else sys.stdout  # noqa: SIM115
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_compilation_cache"))
 
@@ -839,8 +852,10 @@ def train(args: Args) -> None:
     resumed = load_checkpoint("--resume", Path(args.resume), init_state(args)) if args.resume else None
     first = int(resumed.iteration) if resumed else 0
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
+    folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
+    run.folder = Path(bytes(folder).decode())  # its time is the first process's
     needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
-    if (free := shutil.disk_usage(run.folder).free) < needed:
+    if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
         raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
     state = resumed or init_state(args)
@@ -856,9 +871,10 @@ def train(args: Args) -> None:
         print(progress_line(args, step, logs, eta), flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
             write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
-        if (iteration + 1) % args.save_every == 0 or last or run.stop:
+        stop = multihost_utils.process_allgather(np.array(run.stop)).any()
+        if (iteration + 1) % args.save_every == 0 or last or stop:
             save_checkpoint(run.folder, step, state)
-        if run.stop:
+        if stop:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
@@ -874,7 +890,8 @@ def main() -> None:
             dry_run(args)
         elif args.eval_only:
             state = load_checkpoint("--eval-only", Path(args.eval_only), init_state(args))
-            evaluate(args, Run(args), state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
+            run = Run(args, writes=jax.process_index() == 0)
+            evaluate(args, run, state.policy.params, int(state.iteration) * args.num_envs * args.num_steps)
         else:
             train(args)
     except (UserError, OSError) as error:

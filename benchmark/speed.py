@@ -131,7 +131,7 @@ def setup(args: twm.Args) -> SimpleNamespace:
     key_policy, key_model, key_env, key_roll, key_codes = jax.random.split(jax.random.PRNGKey(args.seed), 5)
     tiny = dataclasses.replace(args, encoder="cells", encoder_channels=(8, 8), tower_size=32)
     before, tiny_params = twm.init_env(args, key_env), twm.init_policy(tiny, key_policy).params
-    env, rollout, _ = twm.collect(tiny, tiny_params, before, key_roll)
+    env, rollout, _ = twm.collect(tiny, tiny_params, before, key_roll, False)
     noise = jax.random.randint(key_codes, (args.codebook_size, 147), 0, 256).astype(jnp.uint8)  # far from all frames
     codebook = twm.Codebook(noise, jnp.int32(min(CODES, args.codebook_size // 2)))
     grown, tokens = twm.grow_codebook(args, codebook, rollout.frames)

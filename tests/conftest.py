@@ -35,19 +35,21 @@ def tiny():
 
 
 # --- The command line ---
-def start_script(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+def start_script(
+    folder: Path, *flags: str, environment: dict[str, str] | None = None, script: Path = SCRIPT
+) -> subprocess.Popen:
     """The script as a user starts it, in `folder`, where a module named wandb ends whoever imports it."""
     (folder / "poison").mkdir(exist_ok=True)
     (folder / "poison" / "wandb.py").write_text('import os\nprint("wandb was imported", flush=True)\nos._exit(99)\n')
     environment = {**os.environ, "PYTHONPATH": str(folder / "poison"), **(environment or {})}
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    command = [sys.executable, str(script), *map(str, flags)]
     options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **options)
 
 
-def run_script(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> SimpleNamespace:
+def run_script(folder: Path, *flags: str, **options) -> SimpleNamespace:
     """Runs it to its end: exit code, stdout, stderr and the run folder that it made, if it made one."""
-    process = start_script(folder, *flags, environment=environment)
+    process = start_script(folder, *flags, **options)
     out, err = process.communicate(timeout=900)
     made = sorted((folder / "runs").glob("*__*"))
     return SimpleNamespace(code=process.returncode, out=out, err=err, folder=made[-1] if made else None)
@@ -145,7 +147,7 @@ def rollouts():
             timestep = jnp.asarray(start + 40 * (i // 4) * (start < 9_000), carry.state.timestep.dtype)
             carry = carry.replace(state=carry.state.replace(timestep=timestep))
         before = carry
-        carry, rollout, records = twm.collect(args, params, carry, jax.random.PRNGKey(100 + i))
+        carry, rollout, records = twm.collect(args, params, carry, jax.random.PRNGKey(100 + i), False)
         made.append(SimpleNamespace(before=before, after=carry, rollout=rollout, records=np.asarray(records)))
     assert sum(int(one.rollout.dones.sum()) for one in made) >= 3
     return SimpleNamespace(args=args, params=params, all=made)

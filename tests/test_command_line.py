@@ -94,6 +94,14 @@ def test_batches_that_devices_do_not_divide_are_refused(flags, named, call_main,
     assert_refused(call_main("--preset", "smoke", *flags), ["3 devices", named])
 
 
+@pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "two"}])
+def test_processes_that_cannot_find_each_other_are_refused(environment, call_main, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(call_main("--preset", "smoke", "--distributed"), ["--distributed", "JAX_COORDINATOR_ADDRESS"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_flags_beside_a_preset_win_over_it(call_main, monkeypatch):
     seen = []
     monkeypatch.setattr(twm, "train", seen.append)

@@ -1,13 +1,16 @@
-"""Two and four virtual CPU devices give the numbers of one."""
+"""Two and four virtual CPU devices, and two processes, give the numbers of one."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, metrics_of, run_script, state_of
+from conftest import ROOT, metrics_of, only, run_script, start_script, state_of, steps_saved
 
 # Two iterations, the second with imagination; one minibatch, whose four environments split over four devices.
 FLAGS = ("--preset", "smoke", "--total-steps", 48, "--num-minibatches", 1, "--media-every", 0, "--eval-episodes", 0)
@@ -25,20 +28,24 @@ def one_device(tmp_path_factory):
     return run_on(1, tmp_path_factory.mktemp("one"))
 
 
+def assert_equal_metrics(one_folder, other_folder):
+    ones, others = metrics_of(one_folder), metrics_of(other_folder)
+    assert len(ones) == len(others) == 2
+    for one, other in zip(ones, others, strict=True):
+        names = [name for name in one if not name.startswith("perf/")]
+        assert set(names) == {name for name in other if not name.startswith("perf/")}
+        for name in names:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-5, err_msg=f"{name} {one['step']}")
+
+
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_equal_one(devices, one_device, tmp_path):
     """Sums are taken in another order, so the last bits differ; Adam's first steps divide small gradients by their own
     size, which enlarges that a little.
     """
     several = run_on(devices, tmp_path)
-    ones, twos = metrics_of(one_device), metrics_of(several)
-    assert len(ones) == len(twos) == 2
-    for one, other in zip(ones, twos, strict=True):
-        names = [name for name in one if not name.startswith("perf/")]
-        assert set(names) == {name for name in other if not name.startswith("perf/")}
-        for name in names:
-            np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-5, err_msg=f"{name} {one['step']}")
-    assert any(name.startswith("losses/imagined_") for name in twos[1])
+    assert_equal_metrics(one_device, several)
+    assert any(name.startswith("losses/imagined_") for name in metrics_of(several)[1])
 
     one, other = state_of(one_device), state_of(several)  # which one device can read, too
     np.testing.assert_array_equal(one.codebook.codes, other.codebook.codes)
@@ -63,8 +70,64 @@ assert len(replay.steps.frames.sharding.device_set) == 2
 assert replay.steps.frames.addressable_shards[0].data.shape[1] == args.num_envs // 2
 batch = jax.jit(lambda x: twm.split_batch(x * 2, axis=1))(jax.numpy.ones((3, 4)))
 assert batch.addressable_shards[0].data.shape == (3, 2)
+policy, env = twm.init_policy(args, jax.random.PRNGKey(0)), twm.init_env(args, jax.random.PRNGKey(1))
+params = jax.device_put(policy.params, twm.on_devices(None))
+for greedy in (False, False, True):  # one program takes first and later steps, of training and of evaluation
+    env = twm.collect(args, params, env, jax.random.PRNGKey(2), greedy)[0]
+assert twm.collect._cache_size() == 1
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+# --- Several processes ---
+def start_two(folder, script, *flags):
+    """Two processes of one device each, which find each other through the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    environments = [environment | {"JAX_PROCESS_ID": str(index)} for index in range(2)]
+    return [start_script(folder, *flags, "--distributed", script=script, environment=one) for one in environments]
+
+
+def finish(processes):
+    """Outputs of the first process and of the second one, both of which must end well."""
+    try:
+        ends = [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (out, err) in zip(processes, ends, strict=True):
+        assert process.returncode == 0, out + err
+    return [out for out, _ in ends]
+
+
+@pytest.mark.parametrize("script", ["twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"])
+def test_two_processes_stop_together_go_on_and_equal_one(script, tmp_path):
+    """With evaluation and media; a signal that reaches one of them stops both, saved."""
+    flags, script = ("--preset", "smoke", "--total-steps", 48), ROOT / script
+    (tmp_path / "one").mkdir()
+    one = run_script(tmp_path / "one", *flags, script=script)
+    assert one.code == 0, one.err
+
+    processes = start_two(tmp_path, script, *flags)
+    first_lines = iter(processes[0].stdout.readline, "")
+    assert any("2 iterations" in line for line in first_lines), processes[0].stderr.read()
+    processes[1].send_signal(signal.SIGTERM)
+    out, silent = finish(processes)
+    folder = only(tmp_path / "runs")
+    assert "stopped and saved at step 24" in out and "step 24" not in silent
+    assert steps_saved(folder) == [24] and len(metrics_of(folder)) == 1
+
+    finish(start_two(tmp_path, script, "--resume", folder))
+    assert only(tmp_path / "runs") == folder and steps_saved(folder) == [24, 48]
+    assert_equal_metrics(one.folder, folder)
+    assert {path.name for path in (folder / "media").iterdir()} == {
+        path.name for path in (one.folder / "media").iterdir()
+    }
+    ones, twos = (json.loads((run / "eval.json").read_text()) for run in (one.folder, folder))
+    for mode in ("stochastic", "greedy"):
+        assert ones[mode].pop("achievements") == twos[mode].pop("achievements")
+        assert twos[mode] == pytest.approx(ones[mode], rel=1e-3)
