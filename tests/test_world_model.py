@@ -1,5 +1,7 @@
 """The transformer world model: who sees whom, cached decoding, unused codes, dropout, and that it can learn."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,17 +94,19 @@ def test_it_equals_the_definition_in_numpy(small, forward):
             np.testing.assert_allclose(one[row], expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("longer", [0, 1])  # by how many steps the caches are read too far
-def test_cached_decoding_equals_the_whole_forward_pass(small, forward, longer):
-    args, params = small
-    tokens, actions = random_sequences(2)
+@pytest.mark.parametrize("steps, longer", [(T, False), (T, True), (20, True)])  # whether caches are read too far
+def test_cached_decoding_equals_the_whole_forward_pass(small, forward, steps, longer):
+    """Down to the last of the paper's twenty steps, which fills the caches."""
+    (args, params), rng = small, np.random.default_rng(0)
+    args = dataclasses.replace(args, context=steps)
+    tokens, actions = rng.integers(0, 200, (2, steps, 81)), rng.integers(0, twm.NUM_ACTIONS, (2, steps))
     whole = forward(tokens, actions)
     step = jax.jit(lambda *x, length: twm.WorldModel(args).apply({"params": params}, *x, length, method="step"),
                    static_argnums=(2,), static_argnames="length")  # fmt: skip
     caches = twm.empty_caches(args, 2)
     caches = jnp.full_like(caches, 5.0)  # what is left in unused slots must not matter
-    for t in range(T):
-        length = T if longer else t + 1
+    for t in range(steps):
+        length = steps if longer else t + 1
         outputs, caches = step(tokens[:, t], actions[:, t], 256, 200, caches, t, length=length)
         for one, expected in zip(outputs, whole, strict=True):
             np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
