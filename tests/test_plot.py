@@ -75,3 +75,27 @@ def test_panels_are_those_with_data(runs, tmp_path, monkeypatch):
     assert drawn == ["reward_percent", "real_entropy"] and (tmp_path / "out.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="one__cpu has no losses/real_entropy"):  # asked for by name
         plot.main([str(tmp_path / "no.png"), "losses/real_entropy", str(tmp_path / "runs")])
+
+
+def test_teacher_stands_beside_the_student_in_order_of_steps(tmp_path):
+    """Pictures of one grey each, 4 x 6 enlarged four times; step 1000 comes after step 50."""
+    import imageio.v3 as imageio
+    import teacher_student
+
+    (tmp_path / "media").mkdir()
+    for name, grey in {
+        "teacher_50": 9,
+        "samples_1000": 200,
+        "samples_50": 100,
+        "samples_500": 150,
+        "panel_50": 0,
+    }.items():
+        imageio.imwrite(tmp_path / "media" / f"{name}.png", np.full((16, 24, 3), grey, np.uint8))
+    frames = teacher_student.frames(tmp_path / "media")
+    assert frames.shape == (3, 16, 24 + 16 + 24, 3)
+    assert (frames[:, :, :24] == 9).all() and (frames[:, :, 24:40] == 255).all()
+    np.testing.assert_array_equal(frames[:, 0, 40:, 0], np.repeat([[100], [150], [200]], 24, axis=1))
+    assert teacher_student.frames(tmp_path / "media", count=2, width=12)[:, 0, -1, 0].tolist() == [100, 200]
+    assert teacher_student.frames(tmp_path / "media", width=12).shape == (3, 8, 12 + 16 + 12, 3)
+    teacher_student.main([str(tmp_path / "out.gif"), str(tmp_path)])
+    assert imageio.imread(tmp_path / "out.gif").shape == frames.shape
