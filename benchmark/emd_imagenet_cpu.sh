@@ -30,3 +30,4 @@ export -f distil
 folders=()
 for folder in "$runs"/[!t]*/*__s*; do folders+=("$(basename "$(dirname "$folder")")=$folder"); done
 python benchmark/results.py emd_imagenet_cpu "$command --seed SEED FLAGS, see $(basename "$0")" "${folders[@]}"
+python benchmark/teacher_student.py docs/media/emd_imagenet_teacher_student.gif "$(echo "$runs"/EMD-16/*__s1__*)"

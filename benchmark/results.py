@@ -1,4 +1,6 @@
-"""Turn run folders into one result file: python benchmark/results.py NAME "COMMAND" [LABEL=]RUN_FOLDER [...]
+"""Turn run folders into one result file.
+
+    python benchmark/results.py NAME "COMMAND" [LABEL=]RUN_FOLDER ...
 
 Writes benchmark/results/NAME.json: command, commit, hardware, and for every run its seed, steps, wall time, last logged
 values, evaluation and curves. Everything is read from the run folders' metrics.jsonl, args.json and eval.json. The
