@@ -863,21 +863,25 @@ def loop(
     """Calls update(done, means) for the updates of a stage beyond `first`, with logs and checkpoints of `state`, and
     yields `done` after each. `offset` counts the updates of earlier stages.
     """
-    means, since, mark = Means(acc), first, time.perf_counter()
+    means, since, seconds = Means(acc), first, 0.0
+    if first == updates > 0:
+        yield first  # a run resumed at its very end: what follows the last update may be missing
     for done in range(first + 1, updates + 1):
+        mark = time.perf_counter()
         update(done, means)
         # Any process may have been asked to stop: all of them do, after the same update.
         run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        seconds += time.perf_counter() - mark
         last = done == updates
         if run.stop or last or done % args.log_every == 0:
-            logs, speed = means.take(), (done - since) / (time.perf_counter() - mark)
+            logs, speed = means.take(), (done - since) / seconds
             shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
             logs |= {"perf/updates_per_second": speed}
             logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
             if acc.device.type == "cuda":
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
-            left, since, mark = (updates - done) / speed / 3600, done, time.perf_counter()
+            left, since, seconds = (updates - done) / speed / 3600, done, 0.0
             acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
         if run.writes and (run.stop or last or done % args.save_every == 0):
             save_checkpoint(run.folder, offset + done, state)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 CURVES = ("charts/", "achievements/", "world_model/", "losses/", "chain/", "eval/", "perf/")
 HEADLINES = ("reward_percent", "score_percent", "frechet_to_data", "kid_to_data", "spread_ratio")
+HEADLINES += ("accuracy_mean", "accuracy_all", "diversity_ratio", "seconds_per_image")
 
 
 def hardware() -> dict:

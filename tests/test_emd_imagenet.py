@@ -834,6 +834,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(smoke, copied,
     assert_same_tensors(last_checkpoint(copied), last_checkpoint(smoke), rtol=0, atol=0)
 
 
+def test_a_run_that_was_killed_before_its_evaluation_is_evaluated_when_resumed(copied, capsys):
+    before = json.loads((copied / "eval.json").read_text())
+    (copied / "eval.json").unlink()
+    code, output = run_main(capsys, "--resume", copied)
+    assert code == 0, output
+    after = json.loads((copied / "eval.json").read_text())
+    assert after["student"]["frechet_to_data"] == pytest.approx(before["student"]["frechet_to_data"], rel=1e-4)
+
+
+def test_speed_is_that_of_the_updates_alone(monkeypatch):
+    clock, lines = [0.0], []
+
+    def update(done, means):
+        means.add("losses/x", 1.0)
+        clock[0] += 2
+
+    monkeypatch.setattr(emd.time, "perf_counter", lambda: clock[0])
+    run = types.SimpleNamespace(stop=False, writes=False, log=lambda step, logs: lines.append(logs))
+    for _ in emd.loop(settings(log_every=2), run, ACCELERATOR, 0, 4, 0, {}, update):
+        clock[0] += 100  # an evaluation
+    assert [line["perf/updates_per_second"] for line in lines] == [0.5, 0.5]
+
+
 def test_resuming_takes_the_step_size_of_the_flags(copied, capsys):
     before = last_checkpoint(copied)
     flags = ["--resume", copied, "--eval-samples", 0, "--media-every", 0, "--total-steps", 5]
