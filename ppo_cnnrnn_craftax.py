@@ -113,8 +113,8 @@ class Args:
 PRESETS = {
     "paper": Args(),
     "cpu": Args(
-        preset="cpu", encoder="cells", encoder_channels=(48, 24), tower_size=512, learning_rate=3e-4, save_every=20,
-        media_every=50,
+        preset="cpu", num_steps=48, encoder="cells", encoder_channels=(48, 32), tower_size=512, learning_rate=3e-4,
+        gamma=0.95, gae_lambda=0.65, update_epochs=3, save_every=40, media_every=100,
     ),
     "smoke": Args(
         preset="smoke", total_steps=96, num_envs=4, num_steps=6, encoder="cells", encoder_channels=(16, 16),
@@ -304,8 +304,8 @@ class ImpalaEncoder(nn.Module):
 
 class CellEncoder(nn.Module):
     """DEVIATION(cells): a CNN that knows the map grid, since two cores cannot pay for 3x3 convolutions on 63x63
-    pixels. Each colour of a frame is normalised, as above; a 7x7 convolution of stride 7, written as a product, reads
-    each cell; then 3x3 convolutions mix neighbours. Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
+    pixels. A 7x7 convolution of stride 7, written as a product, reads each cell of the normalised frame; then stages as
+    above, but without pooling. Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
     """
 
     channels: tuple[int, ...]
@@ -313,12 +313,15 @@ class CellEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = nn.GroupNorm(None, group_size=1, epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        norm = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=self.dtype)
         settings = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}
-        x = nn.relu(nn.Dense(self.channels[0], **settings)(to_cells(norm(x)))).reshape(len(x), GRID, GRID, -1)
+        cells = to_cells(norm(use_bias=False, use_scale=False)(x))
+        x = nn.relu(nn.Dense(self.channels[0], **settings)(cells)).reshape(len(x), GRID, GRID, -1)
         for features in self.channels[1:]:
-            x = nn.relu(nn.Conv(features, (3, 3), **settings)(x))
-        return x.reshape(len(x), -1)
+            x = nn.Conv(features, (3, 3), **settings)(norm()(x))
+            for _ in range(2):
+                x = x + nn.Conv(features, (3, 3), **settings)(norm()(nn.relu(x)))
+        return nn.relu(x).reshape(len(x), -1)
 
 
 class GRU(nn.Module):
