@@ -520,10 +520,9 @@ def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, 
     """
     advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
     logs = []
-    for _ in range(args.update_epochs):
-        for index in range(args.num_minibatches):
-            policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
-            logs.append(log)
+    for index in args.update_epochs * [*range(args.num_minibatches)]:
+        policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
+        logs.append(log)
     return policy, mean_of(logs)
 
 
@@ -860,12 +859,10 @@ def train(args: Args) -> None:
         state, rollout, logs = train_iteration(args, state, key)
         run.log(step, logs)
         left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
-        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
+        hours, minutes = divmod(int((time.perf_counter() - started) / (iteration + 1 - first) * left) // 60, 60)
         shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
         text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
-        print(
-            f"step {step:,} of {args.total_steps:,}  {text}  ETA {eta // 3600:.0f}:{eta // 60 % 60:02.0f} h", flush=True
-        )
+        print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
             write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
