@@ -689,7 +689,8 @@ class Run:
 
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
-            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
         print("stopping after this iteration; once more to stop at once", flush=True)
@@ -715,9 +716,7 @@ class Run:
             path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
-                import wandb
-
-                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
                 self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
 
 

@@ -523,10 +523,9 @@ def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, 
     """
     advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
     logs = []
-    for _ in range(args.update_epochs):
-        for index in range(args.num_minibatches):
-            policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
-            logs.append(log)
+    for index in args.update_epochs * [*range(args.num_minibatches)]:
+        policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
+        logs.append(log)
     return policy, mean_of(logs)
 
 
@@ -686,7 +685,8 @@ class Run:
 
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
-            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
         print("stopping after this iteration; once more to stop at once", flush=True)
@@ -712,9 +712,7 @@ class Run:
             path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
-                import wandb
-
-                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
                 self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
 
 
@@ -797,12 +795,6 @@ class Clock:
 jax.monitoring.register_event_duration_secs_listener(Clock.listen)
 
 
-def progress_line(args: Args, step: int, logs: dict[str, float], eta: float) -> str:
-    keys = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
-    values = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in keys if key in logs)
-    return f"step {step:,} of {args.total_steps:,}  {values}  ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02} h"
-
-
 def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
     """First episodes in worlds that are the same for every run, with stochastic and with greedy actions. Writes
     eval.json and a video of one episode of each.
@@ -870,8 +862,10 @@ def train(args: Args) -> None:
         state, rollout, logs = train_iteration(args, state, key)
         run.log(step, logs)
         left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
-        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
-        print(progress_line(args, step, logs, eta), flush=True)
+        hours, minutes = divmod(int((time.perf_counter() - started) / (iteration + 1 - first) * left) // 60, 60)
+        shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
+        text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
+        print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
             write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
@@ -881,7 +875,7 @@ def train(args: Args) -> None:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
-        evaluate(args, run, state.policy.params, args.num_iterations * env_steps)
+        evaluate(args, run, state.policy.params, int(state.iteration) * env_steps)
 
 
 def main() -> None:

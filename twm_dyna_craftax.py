@@ -560,10 +560,9 @@ def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, 
     """
     advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
     logs = []
-    for _ in range(args.update_epochs):
-        for index in range(args.num_minibatches):
-            policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
-            logs.append(log)
+    for index in args.update_epochs * [*range(args.num_minibatches)]:
+        policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
+        logs.append(log)
     return policy, mean_of(logs)
 
 
@@ -813,9 +812,8 @@ class WorldModel(nn.Module):
         self.action_table = self.param("action_table", normal, (NUM_ACTIONS, args.wm_size))
         self.blocks = [TransformerBlock(args) for _ in range(args.wm_layers)]
         self.norm, self.drop = nn.LayerNorm(epsilon=1e-5, dtype=dtype), nn.Dropout(args.wm_dropout)
-        self.token_hidden, self.reward_hidden, self.done_hidden = (
-            nn.Dense(args.wm_size, dtype=dtype) for _ in range(3)
-        )
+        hidden = [nn.Dense(args.wm_size, dtype=dtype) for _ in range(3)]
+        self.token_hidden, self.reward_hidden, self.done_hidden = hidden
         self.token_kernel = self.param("token_kernel", lecun, (args.wm_size, args.codebook_size))
         self.token_bias = self.param("token_bias", nn.initializers.zeros, (args.codebook_size,))
         self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
@@ -940,9 +938,8 @@ def world_model_step(
 ) -> tuple[Learner, dict]:
     """One gradient step on fresh windows of the replay."""
     key_windows, key_dropout = jax.random.split(key)
-    windows = sample_windows(
-        replay.replace(steps=replay.steps.replace(frames=None)), key_windows, args.wm_batch_size, args.context + 1
-    )
+    no_frames = replay.replace(steps=replay.steps.replace(frames=None))
+    windows = sample_windows(no_frames, key_windows, args.wm_batch_size, args.context + 1)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
@@ -952,8 +949,8 @@ def world_model_step(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
     """Losses and accuracies, without dropout, on the newest of [T, B] steps before any training on them."""
-    newest = steps.replace(frames=None), slice(-args.context - 1, None), slice(args.wm_batch_size)
-    windows = jax.tree.map(lambda x: x[newest[1:]].swapaxes(0, 1), newest[0])
+    no_frames, first = steps.replace(frames=None), -args.context - 1
+    windows = jax.tree.map(lambda x: x[first:, : args.wm_batch_size].swapaxes(0, 1), no_frames)
     return world_model_loss(params, args, vocab, size, windows, None)[1]
 
 
@@ -988,9 +985,8 @@ def imagine(
     pieces, quarter = [], -(-args.imagination_steps // 4)
     for start in range(0, args.imagination_steps, quarter):  # each quarter reads no more of the caches than it fills
         end = min(start + quarter, args.imagination_steps)
-        carry, outputs = jax.lax.scan(
-            functools.partial(step, length=end), carry, (jnp.arange(start, end), keys[start:end])
-        )
+        inputs = jnp.arange(start, end), keys[start:end]
+        carry, outputs = jax.lax.scan(functools.partial(step, length=end), carry, inputs)
         pieces.append(outputs)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     last_value = act(args, policy.params, *carry[:3], key, False)[2]  # its action goes unused
@@ -1109,10 +1105,11 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
     run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
     run.media(step, "rollout", video)
     given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)
-    windows = sample_windows(state.replay, key_windows, 4, args.context + 1)
+    windows = sample_windows(state.replay, key_windows, math.lcm(4, jax.device_count()), args.context + 1)
     vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
     tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
-    frames = on_host(jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1))  # UInt8[4, 2, T, 63, 63, 3]
+    frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)
+    frames = on_host(frames[:4])  # UInt8[4, 2, T, 63, 63, 3]
     framed = np.full((*frames.shape[:3], GRID * CELL + 4, GRID * CELL + 4, 3), (40, 160, 60), np.uint8)
     framed[:, 1, given:] = (220, 40, 40)
     framed[..., 2:-2, 2:-2, :] = frames
@@ -1195,7 +1192,8 @@ class Run:
 
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
-            self.wandb = wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
         print("stopping after this iteration; once more to stop at once", flush=True)
@@ -1221,9 +1219,7 @@ class Run:
             path = self.folder / "media" / f"{name}_{step}.{'png' if frames.ndim == 3 else 'mp4'}"
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
-                import wandb
-
-                kind = wandb.Image if frames.ndim == 3 else wandb.Video
+                kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
                 self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
 
 
@@ -1306,12 +1302,6 @@ class Clock:
 jax.monitoring.register_event_duration_secs_listener(Clock.listen)
 
 
-def progress_line(args: Args, step: int, logs: dict[str, float], eta: float) -> str:
-    keys = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
-    values = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in keys if key in logs)
-    return f"step {step:,} of {args.total_steps:,}  {values}  ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02} h"
-
-
 def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
     """First episodes in worlds that are the same for every run, with stochastic and with greedy actions. Writes
     eval.json and a video of one episode of each.
@@ -1379,8 +1369,10 @@ def train(args: Args) -> None:
         state, rollout, logs = train_iteration(args, state, key)
         run.log(step, logs)
         left, last = args.num_iterations - iteration - 1, iteration + 1 == args.num_iterations
-        eta = (time.perf_counter() - started) / (iteration + 1 - first) * left
-        print(progress_line(args, step, logs, eta), flush=True)
+        hours, minutes = divmod(int((time.perf_counter() - started) / (iteration + 1 - first) * left) // 60, 60)
+        shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
+        text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
+        print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
         if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
             write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
@@ -1390,7 +1382,7 @@ def train(args: Args) -> None:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
-        evaluate(args, run, state.policy.params, args.num_iterations * env_steps)
+        evaluate(args, run, state.policy.params, int(state.iteration) * env_steps)
 
 
 def main() -> None:

@@ -59,6 +59,14 @@ def test_several_devices_equal_one(devices, one_device, tmp_path):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def run_program(program, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_second_device_takes_part():
     """Else the test above would compare one device with itself."""
     program = """
@@ -76,10 +84,23 @@ for greedy in (False, False, True):  # one program takes first and later steps, 
     env = twm.collect(args, params, env, jax.random.PRNGKey(2), greedy)[0]
 assert twm.collect._cache_size() == 1
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", program]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    run_program(program, devices=2)
+
+
+def test_pictures_do_not_depend_on_the_number_of_devices():
+    """Four sequences, which eight devices cannot share."""
+    program = """
+import dataclasses, types, jax, jax.numpy as jnp, twm_dyna_craftax as twm
+args, key, shown = dataclasses.replace(twm.PRESETS["smoke"], num_envs=8), jax.random.PRNGKey(0), {}
+codebook = twm.Codebook(jnp.zeros((args.codebook_size, 147), jnp.uint8), jnp.int32(1))
+replay, model = twm.init_replay(args).replace(filled=jnp.int32(8)), twm.init_world_model(args, key)
+state = types.SimpleNamespace(codebook=codebook, replay=replay, model=model)
+rollout = types.SimpleNamespace(frames=jnp.zeros((6, 8, *twm.FRAME), jnp.uint8))
+run = types.SimpleNamespace(media=lambda step, name, frames, scale=4: shown.update({name: frames.shape}))
+twm.write_media(args, run, 24, state, rollout, key)
+assert shown["imagined_vs_true"] == (4 * 2 * 67, (args.context + 1) * 67, 3), shown
+"""
+    run_program(program, devices=8)
 
 
 # --- Several processes ---

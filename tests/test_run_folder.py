@@ -332,6 +332,16 @@ def test_a_disk_that_fills_up_loses_no_earlier_checkpoint(call_main, stub_iterat
     resumes(call_main, stub_iteration, folder, [24, 48, 72, 96])
 
 
+def test_the_evaluation_of_a_finished_run_tells_the_steps_it_really_has(
+    call_main, stub_iteration, monkeypatch, tmp_path
+):
+    folder, steps = finished_stub_run(call_main, stub_iteration, tmp_path), []
+    monkeypatch.setattr(twm, "evaluate", lambda args, run, params, step: steps.append(step))
+    code, _, err = call_main("--resume", folder, "--total-steps", 48, "--eval-episodes", 4)
+    assert code == 0, err
+    assert steps == [96]
+
+
 # --- Weights & Biases ---
 TRACKED_DRIVER = """
 import sys
