@@ -17,10 +17,11 @@ from conftest import ROOT, SCRIPT, metrics_of
 
 import emd_imagenet as emd
 import emd_text2image as t2i
+import ppo_cnnrnn_craftax as ppo
 import twm_dyna_craftax as twm
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODULES = pytest.mark.parametrize("module", [twm, emd, t2i], ids=lambda module: module.__name__)
+MODULES = pytest.mark.parametrize("module", [twm, ppo, emd, t2i], ids=lambda module: module.__name__)
 
 # Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
 CRAFTAX = {"twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"}
@@ -161,6 +162,7 @@ JAX_IDLE = "from jax._src import xla_bridge\nassert not xla_bridge._backends"
 TORCH_IDLE = "import torch\nassert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
 NOT_IMPORTED = {twm: ["wandb", "craftax", "torch", "matplotlib"], emd: ["wandb", "sklearn", "jax"]}
 NOT_IMPORTED[t2i] = ["wandb", "jax", "torchvision"]
+NOT_IMPORTED[ppo] = NOT_IMPORTED[twm]
 
 
 @MODULES
@@ -169,7 +171,7 @@ def test_importing_opens_no_device_and_imports_neither_environment_nor_tracker(m
 import sys
 sys.argv = ["x", "--nonsense"]
 import {module.__name__}
-{JAX_IDLE if module is twm else TORCH_IDLE}
+{JAX_IDLE if module in (twm, ppo) else TORCH_IDLE}
 for name in {NOT_IMPORTED[module]}:
     assert name not in sys.modules, name + " was imported"
 """
