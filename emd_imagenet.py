@@ -81,7 +81,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
     wandb_project: str = "one-file-papers"  # Weights & Biases project
-    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    dtype: Literal["fp32", "bf16"] = "fp32"  # precision in networks; parameters, softmax, losses, statistics stay fp32
     distributed: bool = False  # join the other processes of a multi-process job first
     # --- end shared block: common flags ---
 
@@ -129,7 +129,7 @@ class Args:
 
     heun_steps: int = 40  # steps of the teacher's sampler, 2 n - 1 network evaluations
     features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: a CNN trained here on the dataset)
-    classifier_steps: int = 1500  # training of that CNN, always from the same seed
+    classifier_steps: int = 1500  # updates of that CNN, always from the same seed
     eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
     eval_batch_size: int = 250  # images generated at once in an evaluation
     eval_every: int = 0  # generator updates between evaluations (0: only after the last)

@@ -13,7 +13,7 @@ Papers: [EMD] arXiv:2405.16852, [LDM] arXiv:2112.10752, [CFG] arXiv:2207.12598, 
     python emd_text2image.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt   # the paper's
     python emd_text2image.py --preset single-gpu --teacher FOLDER --prompts prompts.txt   # the same in 24 GB
     python emd_text2image.py --preset cpu                   # drawn shapes: trains a small pipeline, then distils it
-    python emd_text2image.py --preset smoke                 # touches everything, learns nothing
+    python emd_text2image.py --preset smoke                 # a minute: learns nothing, touches everything
     python emd_text2image.py --resume runs/RUN_FOLDER       # goes on where that run stopped
     python emd_text2image.py --eval-only runs/RUN_FOLDER --generate "a red square"   # pictures from its pipeline/
     accelerate launch emd_text2image.py --teacher FOLDER ...   # several processes; --batch-size stays the global one
@@ -83,7 +83,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
     wandb_project: str = "one-file-papers"  # Weights & Biases project
-    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    dtype: Literal["fp32", "bf16"] = "fp32"  # precision in networks; parameters, softmax, losses, statistics stay fp32
     distributed: bool = False  # join the other processes of a multi-process job first
     # --- end shared block: common flags ---
 
@@ -100,8 +100,8 @@ class Args:
     teacher_batch_size: int = 256  # pictures per such update, all processes together
     teacher_lr: float = 1e-4  # Adam step size of both, after a linear warmup over the first tenth
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # what a UNet made here predicts
-    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of the levels of a UNet made here, all but the last
-    unet_layers: int = 2  # ... with cross-attention; residual blocks per level
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of a UNet made here; its last level lacks cross-attention
+    unet_layers: int = 2  # residual blocks per level of a UNet made here
     text_width: int = 768  # of a text encoder made here
     text_layers: int = 12  # of a text encoder made here
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)  # of the levels of an autoencoder made here

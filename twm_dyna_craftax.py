@@ -68,7 +68,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_mode: Literal["online", "offline"] = "online"  # offline needs no account; `wandb sync` uploads later
     wandb_project: str = "one-file-papers"  # Weights & Biases project
-    dtype: Literal["fp32", "bf16"] = "fp32"  # inside networks; parameters, softmax, losses, statistics stay fp32
+    dtype: Literal["fp32", "bf16"] = "fp32"  # precision in networks; parameters, softmax, losses, statistics stay fp32
     distributed: bool = False  # join the other processes of a multi-process job first
     # --- end shared block: common flags ---
 
@@ -89,7 +89,7 @@ class Args:
     value_coef: float = 2.0  # weight of the squared error of normalised values
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
-    num_minibatches: int = 8  # per epoch; must divide num_envs, because sequences stay whole
+    num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
     media_every: int = 20  # iterations between videos and pictures (0: none)

@@ -7,3 +7,5 @@ runs=${RUNS:-runs/twm_dyna_craftax_cpu}
 command="python twm_dyna_craftax.py --preset cpu"
 [ -d "$runs" ] || $command --runs-dir "$runs"
 python benchmark/results.py twm_dyna_craftax_cpu "$command" "$runs"/twm_dyna_craftax__cpu__*
+python benchmark/plot.py docs/media/twm_dyna_craftax_panels.png panels \
+  "world model, cpu preset=benchmark/results/twm_dyna_craftax_cpu.json"

@@ -40,7 +40,8 @@ def commands_of(text: str) -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
     rest = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    found += re.findall(r"`((?:[A-Z_]+=\S+ )*(?:\.venv/bin/|python|accelerate|uv|benchmark/\w+\.sh|bash)[^`]*)`", rest)
+    starts = r"\.venv/bin/|python |accelerate launch |uv run |bash |benchmark/\w+\.sh"
+    found += re.findall(rf"`((?:[A-Z_]+=\S+ )*(?:{starts})[^`]*)`", rest)
     found += re.findall(r"^    ((?:python|accelerate) .*)$", rest, re.M)
     return [part.strip() for line in found for part in line.split("&&")]
 

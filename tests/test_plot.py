@@ -99,3 +99,14 @@ def test_teacher_stands_beside_the_student_in_order_of_steps(tmp_path):
     assert teacher_student.frames(tmp_path / "media", width=12).shape == (3, 8, 12 + 16 + 12, 3)
     teacher_student.main([str(tmp_path / "out.gif"), str(tmp_path)])
     assert imageio.imread(tmp_path / "out.gif").shape == frames.shape
+
+
+def test_the_wait_for_the_first_line_ends_with_it():
+    import first_step
+
+    program = "import time; print(sum(range(10**7))); print('step 1', flush=True); time.sleep(60)"
+    metrics = first_step.timed([sys.executable, "-c", program], "step ")
+    assert metrics["processor_seconds"] > 0 and metrics["wall_seconds"] < 50 and set(metrics) >= {"load"}
+    assert first_step.timed([sys.executable, "-c", "print('step 1')"])["wall_seconds"] < 50
+    with pytest.raises(SystemExit, match="failed"):
+        first_step.timed([sys.executable, "-c", "raise SystemExit(1)"])
