@@ -2,16 +2,9 @@
 
     python benchmark/first_step.py SCRATCH_FOLDER
 
-<<<<<<< HEAD
-The folder must not exist. The run is started twice, with an empty compilation cache (cold; the textures of the game are
-made as well) and again (warm), and ended after its first line of progress. Seconds of the wall clock, processor seconds
-of all threads, and the load of the machine beside them, since other programs may share it. Writes
-benchmark/results/first_step.json.
-=======
 The folder must not exist. The run is started twice, with an empty compilation cache (cold; the environment's textures
 are made as well) and again (warm), and ended after its first line of progress. benchmark/results/first_step.json holds
 seconds of the wall clock, processor seconds of all threads, and the load of the machine, since others may share it.
->>>>>>> front
 """
 
 import argparse

@@ -161,12 +161,8 @@ def test_logged_keys_are_the_documented_keys(smoke_run):
 JAX_IDLE = "from jax._src import xla_bridge\nassert not xla_bridge._backends"
 TORCH_IDLE = "import torch\nassert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
 NOT_IMPORTED = {twm: ["wandb", "craftax", "torch", "matplotlib"], emd: ["wandb", "sklearn", "jax"]}
-<<<<<<< HEAD
-NOT_IMPORTED |= {ppo: NOT_IMPORTED[twm], t2i: ["wandb", "jax", "torchvision"]}
-=======
 NOT_IMPORTED[t2i] = ["wandb", "jax", "torchvision"]
 NOT_IMPORTED[ppo] = NOT_IMPORTED[twm]
->>>>>>> front
 
 
 @MODULES
