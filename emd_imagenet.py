@@ -823,10 +823,9 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
-                return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises one of many types
+            print(f"warning: {path} cannot be read ({type(error).__name__}); trying the one before", file=sys.stderr)
     if paths:
         raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
     return 0, {}

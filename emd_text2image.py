@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -90,11 +91,12 @@ class Args:
     total_steps: int = 5000  # generator updates of the whole run (0: only train the teacher)
 
     teacher: str = ""  # diffusers Stable Diffusion folder or hub id, eps- or v-prediction (empty: train one)
-    prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: the shapes grammar)
+    prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: of --pictures)
     image_size: int = 512  # height and width of a picture
     guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
     text_cache_gb: float = 8.0  # captions are encoded once if their features fit into so much memory, else when drawn
-    train_teacher: bool = False  # train a pipeline on drawn shapes first, kept in the run folder as teacher/
+    pictures: str = ""  # captioned pictures for --train-teacher, a webdataset .tar (empty: drawn shapes)
+    train_teacher: bool = False  # train a pipeline on those first, kept in the run folder as teacher/
     vae_steps: int = 20_000  # updates of its autoencoder
     teacher_steps: int = 200_000  # updates of its UNet and text encoder, after that
     teacher_batch_size: int = 256  # pictures per such update, all processes together
@@ -131,7 +133,7 @@ class Args:
 
     ddim_steps: int = 25  # steps of the teacher's sampler
     eval_prompts: str = ""  # captions of evaluations, a file as for --prompts (empty: those)
-    reference: str = ""  # folder of real pictures to compare with (empty: drawn shapes, or only the teacher)
+    reference: str = ""  # folder of real pictures to compare with (empty: --pictures, or only the teacher)
     features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: mean colours of 4x4 regions)
     clip: str = ""  # folder of a CLIPModel, for a CLIP score (empty: none)
     eval_samples: int = 0  # pictures of an evaluation (0: none)
@@ -244,7 +246,8 @@ def check_args(args: Args) -> None:
         return
     one = bool(args.teacher) != args.train_teacher
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_text2image.md")
-    check("prompts", not (args.teacher and not args.prompts), "is empty: a --teacher needs captions, name their file")
+    captioned = args.prompts or args.pictures or not args.teacher
+    check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
 
 
@@ -317,6 +320,7 @@ BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 
 PLACES = {"on the left": (-8, 0), "on the right": (8, 0), "at the top": (0, -8), "at the bottom": (0, 8)}
 PLACES |= {"in the middle": (0, 0)}  # centre of the group on a canvas of 32 x 32, from its middle
 ATTRIBUTES = ("count", "size", "colour", "shape", "position", "background")
+PICTURE_KINDS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @functools.cache
@@ -376,6 +380,25 @@ def words_of(nearest: np.ndarray) -> tuple[str, ...]:
     shape = SHAPES[2] if fill < 0.7 else SHAPES[0] if fill < 0.93 else SHAPES[1]
     count = COUNTS[len(boxes) - 1] if len(boxes) <= len(COUNTS) else "none"
     return count, "small" if side < 6.5 else "large", colour, shape, place, background
+
+
+def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarray]]:
+    """Captions, and a picture UInt8[S, S, 3] for caption and seed: of the webdataset --pictures (NAME.txt beside
+    NAME.png), or drawn. Raises UserError.
+    """
+    if not args.pictures:
+        return list(grammar()), lambda caption, seed: draw(caption, args.image_size, seed)
+    found: dict[str, np.ndarray] = {}
+    with refuse(f"--pictures {args.pictures} cannot be read", "name a .tar of NAME.txt beside NAME.png or NAME.jpg"):
+        with tarfile.open(args.pictures) as shard:
+            files = {member.name: shard.extractfile(member).read() for member in shard if member.isfile()}
+        for name, content in files.items():
+            if name.endswith(PICTURE_KINDS):
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+                caption = " ".join(files[os.path.splitext(name)[0] + ".txt"].decode().split())
+                found[caption] = np.asarray(ImageOps.fit(image, (args.image_size, args.image_size)))
+    require(args, "pictures", bool(found), "holds no picture: name a .tar of NAME.txt beside NAME.png or NAME.jpg")
+    return list(found), lambda caption, seed: found[caption]
 
 
 # --- Networks ---
@@ -449,12 +472,12 @@ def make_unet(args: Args) -> UNet:
     )
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding in which each word of the grammar is one token; others are spelled, non-ASCII is unknown.
+def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """Byte-pair encoding in which each word of the captions is one token; others are spelled, non-ASCII is unknown.
     The library's own trainer numbers tokens in an order that changes from call to call.
     """
     letters, merges = [chr(code) for code in range(33, 127)], []
-    for word in sorted(set(" ".join(grammar()).split())):
+    for word in sorted(set(re.findall("[a-z]+", " ".join(captions).lower()))):
         parts = f" {' '.join(word)}</w> "
         for left, right in merges:
             parts = parts.replace(f" {left} {right} ", f" {left}{right} ")
@@ -466,10 +489,10 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=16)
 
 
-def make_pipeline(args: Args) -> StableDiffusionPipeline:
-    """An untrained pipeline for the shapes grammar, drawn from --seed, with Stable Diffusion's noise schedule."""
+def make_pipeline(args: Args, captions: list[str]) -> StableDiffusionPipeline:
+    """An untrained pipeline for such captions, drawn from --seed, with Stable Diffusion's noise schedule."""
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(captions)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -816,10 +839,9 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            with refuse(f"checkpoint {path} cannot be read", "looking for the one before it"):
-                return int(path.stem), torch.load(path, "cpu", weights_only=True)
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises one of many types
+            print(f"warning: {path} cannot be read ({type(error).__name__}); trying the one before", file=sys.stderr)
     if paths:
         raise UserError(f"--resume or --eval-only {folder}: none of its checkpoints can be read; name another run.")
     return 0, {}
@@ -948,7 +970,7 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
     settings = {name: value for name, value in dataclasses.asdict(args).items() if not isinstance(value, str)}
     facts = {"settings": settings}  # without texts, which may be paths of this machine
     facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
-    texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained on drawn shapes"
+    texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained by this script"
     values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
     (aside / "README.md").write_text(CARD.format(facts=json.dumps(facts, indent=2), **values))
     shutil.rmtree(folder, ignore_errors=True)
@@ -983,8 +1005,8 @@ def shrink(images: Tensor, size: int = 256) -> Tensor:
 
 def load_reference(args: Args) -> Iterator[Tensor]:
     """Pictures of --reference, centre-cropped to squares of at most 256 pixels. Raises UserError."""
-    kinds, size = {".jpg", ".jpeg", ".png", ".webp"}, min(256, args.image_size)
-    paths = sorted(path for path in Path(args.reference).rglob("*") if path.suffix.lower() in kinds)
+    size = min(256, args.image_size)
+    paths = sorted(path for path in Path(args.reference).rglob("*") if path.suffix.lower() in PICTURE_KINDS)
     require(args, "reference", len(paths) >= 8, f"holds {len(paths)} pictures: name a folder of at least 8")
     for path in paths:
         with refuse(f"--reference {path} cannot be read", "delete it"):
@@ -1019,11 +1041,12 @@ class Evaluator:
         self.picks = picks.repeat_interleave(args.eval_per_prompt)
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
         self.features, self.drawn = Features(args).to(acc.device).eval(), set(self.texts) <= grammar().keys()
+        captioned, picture = load_pictures(args)
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
-        elif self.drawn:
-            drawn = [draw(text, args.image_size, seed) for seed, text in enumerate(self.texts)]
-            self.references["data"] = self.extract(torch.tensor(np.stack(drawn)).permute(0, 3, 1, 2))
+        elif set(self.texts) <= set(captioned):
+            real = [picture(text, seed) for seed, text in enumerate(self.texts)]
+            self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
         self.teacher_scores, features = self.score(setup.teacher_samples, evaluations)
         self.references["teacher"] = features
@@ -1094,10 +1117,11 @@ def adam_lr(args: Args, lr: float, update: int) -> float:
 
 
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
-    """[LDM] An autoencoder, then UNet and text encoder together, on drawn shapes. The average of the latter two and
-    the autoencoder are kept as the pipeline RUN/teacher/. Whether it came to its end.
+    """[LDM] An autoencoder, then UNet and text encoder together, on captioned pictures. The average of the latter two
+    and the autoencoder are kept as the pipeline RUN/teacher/. Whether it came to its end.
     """
-    pipe, captions = make_pipeline(args).to(acc.device), list(grammar())
+    captions, picture = load_pictures(args)
+    pipe = make_pipeline(args, captions).to(acc.device)
     vae, net = pipe.vae, nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     denoiser, average = Denoiser(args, pipe.unet, pipe.scheduler).to(acc.device), copy.deepcopy(net)
     average.requires_grad_(False)
@@ -1106,8 +1130,8 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     def batch(noise: Noise, count: int) -> tuple[Tensor, list[str]]:
         texts = [captions[i] for i in noise.integers(len(captions), count).tolist()]
         seeds = noise.integers(2**31, count).tolist()
-        drawn = [draw(text, args.image_size, seed) for text, seed in zip(texts, seeds, strict=True)]
-        return to_float(torch.tensor(np.stack(drawn)).permute(0, 3, 1, 2)).to(acc.device), texts
+        pixels = np.stack([picture(text, seed) for text, seed in zip(texts, seeds, strict=True)])
+        return to_float(torch.tensor(pixels).permute(0, 3, 1, 2)).to(acc.device), texts
 
     def vae_loss(noise: Noise, count: int) -> Tensor:
         x, _ = batch(noise, count)
@@ -1256,7 +1280,7 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], sa
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
-    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())  # before anything is downloaded
+    texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]  # before anything is downloaded
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     if args.train_teacher and not (run.folder / "teacher").exists():
@@ -1294,7 +1318,7 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         return print(f"{run.folder / 'media' / f'generated_{args.seed}.png'}")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
-    texts = read_prompts(args, "prompts") if args.prompts else list(grammar())
+    texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]
     setup, state = load_everything(args, run, acc, texts, saved)
     if run.writes:
         write_media(args, run, step, setup, state, acc)

@@ -293,6 +293,22 @@ def test_exact_cancellation_is_unbiased_where_full_is_not(toy):
     within(torch.autograd.grad(loss, theta)[0], none.mean(0), standard_error(removed))
 
 
+def test_exact_cancellation_is_full_cancellation_where_z_stays(toy):
+    """The sign of what it takes off at z_0 does not show in a mean: nu and z_0 are independent."""
+    sigma, found = torch.full((1, 1), S, dtype=torch.float64), {}
+    for cancel in ("exact", "full"):
+        args, normal = settings(corrector="eps", k=4, gamma_eps=0.16, cancel=cancel), normal_from(0)
+        theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
+        z, eps = normal(torch.zeros(2, 50, 1, dtype=torch.float64))
+
+        def g(z, theta=theta):
+            return (basis(z[:, 0]) @ theta)[:, None]
+
+        loss, _ = emd.m_step_loss(g, emd.e_step(g, toy[2], z, eps, sigma, normal, args), args)
+        found[cancel] = torch.autograd.grad(loss, theta)[0]
+    torch.testing.assert_close(found["exact"], found["full"], rtol=1e-12, atol=1e-12)
+
+
 def test_a_long_chain_gives_the_forward_kl_gradient(toy):
     g = toy_gradients(toy[2], 60_000, k=1000, gamma_eps=0.02, gamma_z=0.002)
     for name in ("none", "last"):
@@ -422,6 +438,16 @@ def test_one_step_on_eps_is_diff_instruct():
     for a, p in zip(found, student.parameters(), strict=True):
         torch.testing.assert_close(a, 0.16 * p.grad, rtol=1e-3, atol=1e-6)
     assert max(a.abs().max() for a in found) > 1e-3
+
+
+def test_the_first_generator_is_the_teacher_at_lambda_star_on_scaled_noise():
+    args, teacher, _ = tiny(lambda_star=-6.0)
+    _, z, _, _, labels = draw(args)
+    state = emd.init_state(args, teacher)
+    expected = teacher(20.0855 * z, torch.full((6, 1, 1, 1), 20.0855), labels)
+    for name in ("generator", "average"):
+        found = emd.generate(state[name], z, labels, args.sigma_star)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("corrector", ["eps-z", "eps", "x"])  # in x-z, z leaves its y behind: not zero, but of mean 0

@@ -42,7 +42,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 def setup_of(args):
     """An untrained pipeline as a teacher, in memory, with six captions."""
-    pipe = t2i.make_pipeline(args)
+    pipe = t2i.make_pipeline(args, list(t2i.grammar()))
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.eval().requires_grad_(False)
     captions = t2i.Captions(args, pipe, TEXTS, torch.device("cpu"))
@@ -61,7 +61,7 @@ def predicted(request):
 def teacher_folder(tmp_path_factory):
     """An untrained pipeline as a user would have it: a diffusers folder."""
     folder = tmp_path_factory.mktemp("teacher")
-    t2i.make_pipeline(settings()).save_pretrained(folder)
+    t2i.make_pipeline(settings(), list(t2i.grammar())).save_pretrained(folder)
     return folder
 
 
@@ -258,7 +258,7 @@ def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
 # --- Captions ---
 def test_cached_text_is_fresh_text_and_long_captions_are_counted(capsys):
     args = settings()
-    pipe, long = t2i.make_pipeline(args), "red " * 40
+    pipe, long = t2i.make_pipeline(args, list(t2i.grammar())), "red " * 40
     texts = [*TEXTS, long]
     cached = t2i.Captions(args, pipe, texts, torch.device("cpu"))
     assert "1 captions are longer than 16 tokens" in capsys.readouterr().out
@@ -273,11 +273,11 @@ def test_cached_text_is_fresh_text_and_long_captions_are_counted(capsys):
 
 
 def test_every_caption_of_the_grammar_has_tokens_of_its_own_and_fits():
-    tokenizer = t2i.make_pipeline(settings()).tokenizer
+    tokenizer = t2i.make_pipeline(settings(), list(t2i.grammar())).tokenizer
     ids = tokenizer(list(t2i.grammar())).input_ids
     assert len({tuple(row) for row in ids}) == 1080
     assert [len(row) for row in ids] == [2 + len(caption.split()) for caption in t2i.grammar()]  # start, words, end
-    assert t2i.make_tokenizer()(list(t2i.grammar())).input_ids == ids  # and the next time the same
+    assert t2i.make_tokenizer(list(t2i.grammar()))(list(t2i.grammar())).input_ids == ids  # and the next time the same
     assert tokenizer.decode(ids[5], skip_special_tokens=True).strip() == list(t2i.grammar())[5]
     assert ids[0][0] == tokenizer.bos_token_id and ids[0][-1] == tokenizer.eos_token_id
 
@@ -304,6 +304,39 @@ def test_prompt_files_are_read_and_what_is_left_out_is_said(tmp_path, capsys):
             t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts")
     with pytest.raises(t2i.UserError, match="--eval-prompts nowhere cannot be read"):
         t2i.read_prompts(settings(eval_prompts="nowhere"), "eval_prompts")
+
+
+def captioned_pictures(path, captions):
+    """A webdataset of one-coloured pictures: the fifth of them is red at half of its strength, and so on."""
+    with tarfile.open(path, "w") as shard:
+        for i, caption in enumerate(captions):
+            image = io.BytesIO()
+            t2i.Image.new("RGB", (80, 60), (30 * i, 0, 0)).save(image, "PNG")
+            for kind, content in (("png", image.getvalue()), ("txt", f" {caption}\n".encode())):
+                entry = tarfile.TarInfo(f"{i}.{kind}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+
+
+def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, capsys):
+    captions = ["grinning face", "Red heart", "flag: Åland Islands", "flag: Chad", "rat", "ox", "cat", "dog"]
+    captioned_pictures(tmp_path / "emoji.tar", captions)
+    args = settings(pictures=str(tmp_path / "emoji.tar"))
+    found, picture = t2i.load_pictures(args)
+    assert found == captions
+    assert (picture("flag: Chad", 0) == (90, 0, 0)).all() and picture("flag: Chad", 0).shape == (32, 32, 3)
+    ids = t2i.make_pipeline(args, captions).tokenizer(captions).input_ids
+    assert [len(row) for row in ids[:2] + ids[4:]] == [4, 4, 3, 3, 3, 3]  # start, words, end
+    assert len({tuple(row) for row in ids}) == len(captions)
+    flags = ["--preset", "smoke", "--pictures", args.pictures, "--total-steps", 1, "--runs-dir", tmp_path / "runs"]
+    code, output = run_main(capsys, *flags)
+    assert code == 0, output
+    student = json.loads((only(tmp_path / "runs") / "eval.json").read_text())["student"]
+    assert "frechet_to_data" in student and "accuracy_all" not in student
+    captioned_pictures(tmp_path / "emoji.tar", [])
+    for path in (args.pictures, "nowhere.tar"):
+        code, error = run_main(capsys, *flags, "--pictures", path)
+        assert code == 2 and f"--pictures {path}" in error
 
 
 # --- What a picture shows ---
@@ -465,7 +498,7 @@ def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
 
 
 def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path):
-    tokenizer = t2i.make_pipeline(settings()).tokenizer
+    tokenizer = t2i.make_pipeline(settings(), list(t2i.grammar())).tokenizer
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision = {**text, "image_size": 32, "patch_size": 8}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
