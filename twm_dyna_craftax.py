@@ -81,7 +81,8 @@ class Args:
     gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
-    learning_rate: float = 4.5e-4  # Adam step size of the policy, constant
+    learning_rate: float = 4.5e-4  # Adam step size of the policy
+    anneal_learning_rate: bool = False  # let it fall linearly to 0 at total_steps (the paper's schedule is unknown)
     max_grad_norm: float = 0.5  # every gradient is clipped to this global norm
     gamma: float = 0.925  # discount
     gae_lambda: float = 0.625  # lambda of GAE
@@ -127,6 +128,12 @@ class Args:
         return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
 
     # --- end shared block: derived settings ---
+
+    @property
+    def policy_updates(self) -> int:  # gradient steps of the policy over the whole run, real and imagined
+        real = self.num_iterations * self.update_epochs * self.num_minibatches
+        warmup = -(-self.warmup_steps // (self.num_envs * self.num_steps))  # iterations before the first imagined one
+        return real + max(0, self.num_iterations - max(0, warmup - 1)) * self.imagination_updates
 
 
 # fmt: off
@@ -523,15 +530,20 @@ class Rollout:
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
-def adam(args: Args, learning_rate: float) -> optax.GradientTransformation:
+def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+
+
+def policy_adam(args: Args) -> optax.GradientTransformation:
+    schedule = optax.linear_schedule(args.learning_rate, 0.0, args.policy_updates)
+    return adam(args, schedule if args.anneal_learning_rate else args.learning_rate)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_policy(args: Args, key: Array) -> Learner:
     frames = jnp.zeros((1, 1, *FRAME), jnp.uint8)
     params = Policy(args).init(key, frames, jnp.zeros((1, 1), bool), jnp.zeros((1, args.gru_size)))["params"]
-    return Learner(params, adam(args, args.learning_rate).init(params), ValueNorm(*jnp.zeros(3)))
+    return Learner(params, policy_adam(args).init(params), ValueNorm(*jnp.zeros(3)))
 
 
 def act(args: Args, params: Any, frame: Array, reset: Array, hidden: Array, key: Array, greedy: Array) -> tuple:
@@ -574,7 +586,7 @@ def ppo_step(args: Args, policy: Learner, rollout: Rollout, advantages: Array, t
     """One gradient step; the target statistics move first, on the same minibatch."""
     norm = policy.value_norm.update(targets, args.value_norm_decay)
     grads, logs = jax.grad(ppo_loss, has_aux=True)(policy.params, args, norm, rollout, advantages, targets)
-    updates, opt_state = adam(args, args.learning_rate).update(grads, policy.opt_state)
+    updates, opt_state = policy_adam(args).update(grads, policy.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
     return Learner(optax.apply_updates(policy.params, updates), opt_state, norm), logs
 
