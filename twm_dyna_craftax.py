@@ -130,10 +130,14 @@ class Args:
     # --- end shared block: derived settings ---
 
     @property
-    def policy_updates(self) -> int:  # gradient steps of the policy over the whole run, real and imagined
+    def imagining_iterations(self) -> int:  # those that end after the warmup
+        warmup = -(-self.warmup_steps // (self.num_envs * self.num_steps)) - 1
+        return max(0, self.num_iterations - max(0, warmup))
+
+    @property
+    def policy_updates(self) -> int:  # gradient steps over the whole run, real and imagined
         real = self.num_iterations * self.update_epochs * self.num_minibatches
-        warmup = -(-self.warmup_steps // (self.num_envs * self.num_steps))  # iterations before the first imagined one
-        return real + max(0, self.num_iterations - max(0, warmup - 1)) * self.imagination_updates
+        return real + self.imagining_iterations * self.imagination_updates
 
 
 # fmt: off
@@ -1185,12 +1189,12 @@ def dry_run(args: Args) -> None:
     frame = policy / args.num_envs  # one policy forward
     dream = args.imagination_envs * world_model_flop(args, vocab, args.imagination_steps)
     dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
-    last, warmup = args.num_iterations, max(0, -(-args.warmup_steps // real) - 1)
+    last = args.num_iterations
     plan = {  # iterations, gradient steps in each, FLOP in each
         "collect": (last, 0, real * frame),
         "PPO, real": (last, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
         "world model": (last, args.wm_updates, args.wm_updates * flop),
-        "PPO, imagined": (max(0, last - warmup), args.imagination_updates, args.imagination_updates * dream),
+        "PPO, imagined": (args.imagining_iterations, args.imagination_updates, args.imagination_updates * dream),
     }
     sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
     for name, tree in sizes.items():

@@ -35,19 +35,20 @@ def encode_pixels(args: twm.Args, params: dict, x: Array) -> Array:
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, p["kernel"], (stride, stride), padding, dimension_numbers=layout) + p["bias"]
 
-    if args.encoder == "cells":
-        params, x = params["CellEncoder_0"], normalise(x, (1, 2), 1e-6)
+    def norm(number, x):
+        return normalise(x, (1, 2), 1e-6, params[f"GroupNorm_{number + cells}"])
+
+    cells = args.encoder == "cells"
+    params = params["CellEncoder_0" if cells else "ImpalaEncoder_0"]
+    if cells:
         first = params["Dense_0"]["kernel"].reshape(twm.CELL, twm.CELL, 3, -1)
-        x = jax.nn.relu(conv(params["Dense_0"] | {"kernel": first}, x, twm.CELL, "VALID"))
-        for i in range(len(args.encoder_channels) - 1):
-            x = jax.nn.relu(conv(params[f"Conv_{i}"], x))
-        return x.reshape(len(x), -1)
-    params = params["ImpalaEncoder_0"]
-    for i in range(0, 3 * len(args.encoder_channels), 3):
-        x = conv(params[f"Conv_{i}"], normalise(x, (1, 2), 1e-6, params[f"GroupNorm_{i}"]))
-        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+        x = conv(params["Dense_0"] | {"kernel": first}, normalise(x, (1, 2), 1e-6), twm.CELL, "VALID")
+        x = jax.nn.relu(x)
+    for i in range(0, 3 * (len(args.encoder_channels) - cells), 3):
+        x = conv(params[f"Conv_{i}"], norm(i, x))
+        x = x if cells else lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
         for j in (i + 1, i + 2):
-            x = x + conv(params[f"Conv_{j}"], normalise(jax.nn.relu(x), (1, 2), 1e-6, params[f"GroupNorm_{j}"]))
+            x = x + conv(params[f"Conv_{j}"], norm(j, jax.nn.relu(x)))
     return jax.nn.relu(x).reshape(len(x), -1)
 
 

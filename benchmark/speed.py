@@ -109,7 +109,7 @@ def policy_flops(args: twm.Args) -> tuple[float, float]:
     channels = args.encoder_channels
     if args.encoder == "cells":
         first = 2 * 81 * 147 * channels[0]
-        flops = first + sum(2 * 81 * 9 * before * after for before, after in pairwise(channels))
+        flops = first + sum(2 * 81 * 9 * (before + 2 * after) * after for before, after in pairwise(channels))
         features = 81 * channels[-1]
     else:
         first, flops, side = 2 * 63**2 * 27 * channels[0], 0, 63

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import with_clear_preferences
+from conftest import state_of, with_clear_preferences
 
 import twm_dyna_craftax as twm
 
@@ -250,3 +250,21 @@ def test_max_pooling_and_its_gradient_are_those_of_the_library(height, width):
     np.testing.assert_array_equal(twm.max_pool(x), expected)
     weights = rng.integers(1, 100, expected.shape).astype(np.float32)  # whole numbers: sums are exact in any order
     np.testing.assert_array_equal(gradient(weights)[0], expected_gradient(weights)[0])
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_the_learning_rate_stays_or_falls_linearly_to_zero(anneal, tiny):
+    """A constant gradient makes each of Adam's steps as long as the learning rate, whatever its size."""
+    args = tiny(learning_rate=0.5, anneal_learning_rate=anneal, max_grad_norm=1e9)
+    adam, params, total = twm.policy_adam(args), jnp.zeros(()), args.policy_updates
+    state, steps = adam.init(params), []
+    for _ in range(total + 1):
+        step, state = adam.update(jnp.float32(3.0), state)
+        steps.append(-float(step))
+    left = 1 - np.arange(total + 1) / total if anneal else np.ones(total + 1)
+    np.testing.assert_allclose(steps, 0.5 * left, rtol=1e-4, atol=1e-6)
+
+
+def test_the_policy_takes_as_many_updates_as_the_schedule_expects(smoke_run, tiny):
+    counts = [leaf for leaf in jax.tree.leaves(state_of(smoke_run.folder).policy.opt_state) if leaf.dtype == jnp.int32]
+    assert counts and all(count == tiny().policy_updates for count in counts)

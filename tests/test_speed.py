@@ -44,7 +44,8 @@ def data():
     replay = twm.add_to_replay(twm.init_replay(args), new)
     fixture = {"args": args, "rollout": rollout, "empty": empty, "codebook": codebook, "tokens": tokens}
     fixture["policy"] = policy.replace(params=with_clear_preferences(policy.params))
-    fixture["model"] = model.replace(params=jax.tree.map(lambda leaf: leaf * 3, model.params))
+    # More opinion, and it would soon draw frames of one code alone, in which normalised cells are nothing but rounding.
+    fixture["model"] = model.replace(params=jax.tree.map(lambda leaf: leaf * 1.5, model.params))
     return SimpleNamespace(**fixture, replay=replay, key=jax.random.PRNGKey(3))
 
 
