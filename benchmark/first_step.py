@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     for kind in ("cold", "warm"):
         metrics[kind] = timed(run, "step ", JAX_COMPILATION_CACHE_DIR=str(folder / "cache"))
     runs = [
-        {"label": name, "seed": 1, "steps": 4608 * (name != "install"), "metrics": m} for name, m in metrics.items()
+        {"label": name, "seed": 1, "steps": 2304 * (name != "install"), "metrics": m} for name, m in metrics.items()
     ]
     results.write("first_step", ["python benchmark/first_step.py SCRATCH_FOLDER"], runs, metrics)
 
