@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 CURVES = ("charts/", "achievements/", "world_model/", "losses/", "chain/", "eval/", "perf/")
+POINTS = 150  # of a curve at most
 HEADLINES = ("reward_percent", "score_percent", "frechet_to_data", "kid_to_data", "spread_ratio")
 HEADLINES += ("accuracy_mean", "accuracy_all", "diversity_ratio", "seconds_per_image")
 
@@ -66,6 +67,7 @@ def read_run(folder: Path, label: str = "") -> dict:
     keys = sorted({key for line in lines for key in line if key.startswith(CURVES)})
     last = {key.split("/")[1]: value for line in lines for key, value in line.items() if "/" in key}
     evaluation = folder / "eval.json"
+    shown = lines[:: -len(lines) // POINTS][::-1]  # backwards, so that the last one is among them
     return {
         "label": label or folder.name.rsplit("__", 2)[0],
         "seed": args["seed"],
@@ -76,8 +78,8 @@ def read_run(folder: Path, label: str = "") -> dict:
         "metrics": last,
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
         "curve": {
-            "step": [line["step"] for line in lines],
-            **{key.split("/")[1]: [rounded(line.get(key)) for line in lines] for key in keys},
+            "step": [line["step"] for line in shown],
+            **{key.split("/")[1]: [rounded(line.get(key)) for line in shown] for key in keys},
         },
     }
 
