@@ -346,7 +346,7 @@ def max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
     for i, j in [(i, j) for i in (2, 1, 0) for j in (2, 1, 0)][1:]:
         tap = padded[:, i : i + 2 * out.shape[1] - 1 : 2, j : j + 2 * out.shape[2] - 1 : 2]
         chosen = jnp.where(tap == out, jnp.uint8(4 * i + j), chosen)
-    return out, (chosen, x[:0])
+    return out, (chosen, x[..., :0])
 
 
 def max_pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:

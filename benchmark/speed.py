@@ -12,6 +12,8 @@ are divided by that share. The floor of a part is the larger of its arithmetic o
 and its bytes over the speed of a large copy, both measured in the same rounds. Arithmetic is counted by hand: products
 and convolutions only, each needed number computed once, a backward pass as two forward ones. Bytes are parameters,
 optimiser state, inputs and results, each read or written once; what lies between them could stay in a cache.
+"cpu_over" is the same ratio in processor seconds of this process, which other programs do not lengthen; it does not see
+whether both cores had work.
 """
 
 import argparse
@@ -72,6 +74,11 @@ GOALS = {  # at paper shapes on two cores: part -> [(quantity, relation, limit)]
 SHORT = {"wm_updates": 8, "imagination_updates": 2, "warmup_steps": 0}  # of the whole iteration that is run
 
 
+def clocks() -> np.ndarray:
+    """Seconds on the wall, and of processors for this process alone."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 # --- What is timed ---
 class Program:
     """A jitted function and where its arguments come from. data() gives them anew at every call, because the scripts'
@@ -82,7 +89,8 @@ class Program:
     def __init__(self, function: Callable, static: tuple, data: Callable[[], tuple], units=1.0, keep=lambda out: None):
         jitted = hasattr(function, "lower")
         self.function = function if jitted else jax.jit(function, static_argnums=tuple(range(len(static))))
-        self.static, self.data, self.units, self.keep, self.samples, self.held = static, data, units, keep, [], 0.0
+        self.static, self.data, self.units, self.keep, self.held = static, data, units, keep, 0.0
+        self.samples, self.cpu_samples = [], []
 
     def compile(self) -> None:
         """And run once, which the rounds then leave out."""
@@ -94,14 +102,15 @@ class Program:
         self.run()
 
     def run(self) -> None:
-        inputs, begin = self.data(), time.perf_counter()
+        inputs, begin = self.data(), clocks()
         output = jax.block_until_ready(self.compiled(*inputs))
-        self.last = (time.perf_counter() - begin) / self.units
+        self.last = (clocks() - begin) / self.units
         self.keep(output)
 
     def sample(self) -> None:
         self.run()
-        self.samples.append(self.last)
+        self.samples.append(self.last[0])
+        self.cpu_samples.append(self.last[1])
 
 
 def policy_flops(args: twm.Args) -> tuple[float, float]:
@@ -316,15 +325,17 @@ def add_one(x):
     return x + 1  # in place: no time goes into new pages
 
 
-def machine_rates() -> tuple[float, float]:
-    """FLOP/s of a product of two 4096 x 4096 fp32 matrices, bytes/s of a copy of 0.5 GB (read and written)."""
+def machine_rates() -> np.ndarray:
+    """FLOP/s of a product of two 4096 x 4096 fp32 matrices, bytes/s of a copy of 0.5 GB (read and written); both by
+    the wall and by processors. Float[2, 2].
+    """
     rates = []
     for function, x, work in ((product, jnp.ones((4096, 4096)), 2 * 4096**3), (add_one, jnp.zeros(2**27), 2**30)):
         x = jax.block_until_ready(function(x))
-        begin = time.perf_counter()
+        begin = clocks()
         jax.block_until_ready(function(x))
-        rates.append(work / (time.perf_counter() - begin))
-    return tuple(rates)
+        rates.append(work / (clocks() - begin))
+    return np.array(rates)
 
 
 def peak_memory(reset: bool = False) -> float:
@@ -365,13 +376,15 @@ def measure(preset: str, only: list[str], rounds: int) -> dict[str, dict]:
             part.plain.sample()
         whole += [short_iteration(args, data)] if run_whole else []
         print(f"{preset}: round {number + 1} of {rounds}", flush=True)
-    flops, bandwidth = (statistics.median(rate) for rate in zip(*rates, strict=True))
+    (flops, cpu_flops), (bandwidth, cpu_bandwidth) = np.median(rates, axis=0).tolist()
     rows = {"machine": {"gflops": flops / 1e9, "copy_gb_per_s": bandwidth / 1e9, "peak_gb": peak[1]}}
     for name, part in parts.items():
         ours, other = part.ours.samples, part.plain.samples
         row = {"unit": part.unit, "seconds": statistics.median(ours), "seconds_spread": spread(ours)}
         row |= {"flops_seconds": part.flops / flops, "bytes_seconds": part.bytes / bandwidth}
         row["floor_seconds"] = max(row["flops_seconds"], row["bytes_seconds"])
+        row["cpu_seconds"] = statistics.median(part.ours.cpu_samples)
+        row["cpu_over_floor"] = row["cpu_seconds"] / max(part.flops / cpu_flops, part.bytes / cpu_bandwidth)
         row |= {"over_floor": row["seconds"] / row["floor_seconds"], "plain_seconds": statistics.median(other)}
         row |= {"plain_spread": spread(other), "plain_share": part.plain.units / part.ours.units}
         row["plain_over_ours"] = statistics.median(b / a for a, b in zip(ours, other, strict=True))
@@ -397,8 +410,8 @@ def show(preset: str, rows: dict) -> None:
     machine = rows["machine"]
     print(f"\n{preset}: matrix products {machine['gflops']:.0f} GFLOP/s, copies {machine['copy_gb_per_s']:.1f} GB/s")
     print(f"largest resident memory, the script's own parts alone: {machine['peak_gb']:.2f} GB")
-    columns = "seconds floor_seconds over_floor plain_seconds plain_over_ours plain_share public_seconds".split()
-    columns += ["program_gb", "compile_seconds"]
+    columns = "seconds floor_seconds over_floor cpu_over_floor plain_seconds plain_over_ours plain_share".split()
+    columns += ["public_seconds", "program_gb", "compile_seconds"]
     print(f"{'':<16}", *(f"{name.replace('_seconds', ''):>9.9}" for name in columns), "  (spread) unit")
     for name, row in list(rows.items())[1:]:
         values = (f"{row[column]:>9.3g}" if column in row else f"{'-':>9}" for column in columns)
@@ -514,7 +527,7 @@ def add_results(rows: dict[str, dict], group: str, rounds: int, seconds: float) 
     runs = [{"label": f"{group}/{part}", **common, "metrics": row} for part, row in rows.items()]
     labels = {run["label"] for run in runs}
     runs = [run for run in old["runs"] if run["label"] not in labels] + runs
-    keys = "seconds", "over_floor", "plain_over_ours", "seconds_exponent", "gigabytes_exponent"
+    keys = "seconds", "over_floor", "cpu_over_floor", "plain_over_ours", "seconds_exponent", "gigabytes_exponent"
     summary = {run["label"]: {k: run["metrics"][k] for k in keys if k in run["metrics"]} for run in runs}
     results.write(name, [*(one for one in old["commands"] if one != command), command], runs, summary)
 

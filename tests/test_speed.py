@@ -152,7 +152,7 @@ def test_exponents_are_slopes_in_log_log():
 def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     written = {}
     monkeypatch.setattr(speed.results, "write", lambda *fields: written.update(zip("ncrs", fields, strict=True)))
-    monkeypatch.setattr(speed, "machine_rates", lambda: (1e11, 1e10))
+    monkeypatch.setattr(speed, "machine_rates", lambda: np.array([[1e11, 5e10], [1e10, 5e9]]))
     monkeypatch.setattr(sys, "argv", "speed.py --preset smoke --only encoding --rounds 2".split())
     speed.main()
     machine, encoding = written["r"][-2:]
@@ -160,5 +160,6 @@ def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     row = encoding["metrics"]
     assert 0 < row["seconds_spread"]["min"] <= row["seconds"] <= row["seconds_spread"]["max"]
     assert row["floor_seconds"] == max(row["flops_seconds"], row["bytes_seconds"]) > 0
+    assert row["cpu_over_floor"] == row["cpu_seconds"] / (2 * row["floor_seconds"]) > 0
     assert row["compile_seconds"] > 0 and row["program_gb"] > 0
     assert any(line.startswith("encoding") for line in capsys.readouterr().out.splitlines())
