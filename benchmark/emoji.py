@@ -1,4 +1,6 @@
-"""Captioned emoji as a webdataset: python benchmark/emoji.py OUT.tar
+"""Captioned emoji as a webdataset.
+
+    python benchmark/emoji.py OUT.tar
 
 Pictures: the Debian package fonts-noto-color-emoji (OFL), at the only size that font has; names: emoji-test.txt of the
 Debian package unicode-data. One picture of 136 x 128 on white for each fully qualified emoji, skin tones left out.
