@@ -287,41 +287,6 @@ def to_cells(frames: Array) -> Array:
     return grid.reshape(-1, GRID * GRID, CELL * CELL * 3)
 
 
-@jax.custom_vjp
-def max_pool(x: Array) -> Array:
-    """3x3 maxima at stride 2, SAME, with a gradient of its own: nn.max_pool's runs on one core of a CPU, as long as all
-    convolutions together. Float[N, H, W, C].
-    """
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-
-
-def max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Also which of the nine inputs 4 row + column was the maximum, the first of equals. UInt8[N, H / 2, W / 2, C]."""
-    out = max_pool(x)
-    padded = jnp.pad(x, ((0, 0), (x.shape[1] % 2, 1), (x.shape[2] % 2, 1), (0, 0)), constant_values=-jnp.inf)
-    chosen = jnp.uint8(10)
-    for i, j in [(i, j) for i in (2, 1, 0) for j in (2, 1, 0)][1:]:
-        tap = padded[:, i : i + 2 * out.shape[1] - 1 : 2, j : j + 2 * out.shape[2] - 1 : 2]
-        chosen = jnp.where(tap == out, jnp.uint8(4 * i + j), chosen)
-    return out, (chosen, x[..., :0])
-
-
-def max_pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
-    """Pixel 2 a + r is input r of window a and, where r = 0, input 2 of window a - 1; columns likewise."""
-    (chosen, x), parity, total = saved, jnp.arange(2, dtype=jnp.uint8), 0.0
-    for i, j in [(i, j) for i in (0, 1) for j in (0, 1)]:
-        pads = ((0, 0), (i, 1 - i), (j, 1 - j), (0, 0))
-        tap = 4 * (parity[:, None, None, None] + 2 * i) + parity[:, None] + 2 * j  # Int[2, 1, 2, 1]
-        hit = jnp.pad(chosen, pads, constant_values=15)[:, :, None, :, None] == tap  # Bool[N, a, 2, b, 2, C]
-        total += jnp.where(hit, jnp.pad(grad, pads)[:, :, None, :, None], 0)
-    total = total.reshape(len(grad), 2 * grad.shape[1] + 2, 2 * grad.shape[2] + 2, -1)
-    top, left = x.shape[1] % 2, x.shape[2] % 2
-    return (total[:, top : top + x.shape[1], left : left + x.shape[2]],)
-
-
-max_pool.defvjp(max_pool_forward, max_pool_backward)
-
-
 class ImpalaEncoder(nn.Module):
     """[TWM] residual CNN: each stage is norm, conv, pool (63 -> 32 -> 16 -> 8) and two residual blocks of one conv.
     Float[N, 63, 63, 3] -> Float[N, 8 * 8 * channels[-1]].
@@ -336,7 +301,7 @@ class ImpalaEncoder(nn.Module):
         init = nn.initializers.xavier_normal()
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=init, dtype=self.dtype)
         for features in self.channels:
-            x = max_pool(conv(features)(norm()(x)))
+            x = nn.max_pool(conv(features)(norm()(x)), (3, 3), strides=(2, 2), padding="SAME")
             for _ in range(2):
                 x = x + conv(features)(norm()(nn.relu(x)))
         return nn.relu(x).reshape(len(x), -1)

@@ -239,19 +239,6 @@ def test_minibatches_are_whole_environments_in_order(rollouts):
         np.testing.assert_allclose(logs[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("height, width", [(63, 63), (16, 9), (1, 2)])
-def test_max_pooling_and_its_gradient_are_those_of_the_library(height, width):
-    rng = np.random.default_rng(0)
-    x = rng.integers(-3, 3, (4, height, width, 3)).astype(np.float32)  # with many equal values
-    pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
-    expected, expected_gradient = jax.vjp(pool, x)
-    found, gradient = jax.vjp(twm.max_pool, x)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(twm.max_pool(x), expected)
-    weights = rng.integers(1, 100, expected.shape).astype(np.float32)  # whole numbers: sums are exact in any order
-    np.testing.assert_array_equal(gradient(weights)[0], expected_gradient(weights)[0])
-
-
 @pytest.mark.parametrize("anneal", [False, True])
 def test_the_learning_rate_stays_or_falls_linearly_to_zero(anneal, tiny):
     """A constant gradient makes each of Adam's steps as long as the learning rate, whatever its size."""
