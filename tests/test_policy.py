@@ -1,8 +1,5 @@
 """PPO: advantages, value targets, the recurrent policy, its loss, and the sizes that the paper names."""
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
