@@ -79,7 +79,7 @@ class Args:
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
     learning_rate: float = 4.5e-4  # Adam step size of the policy
-    anneal_learning_rate: bool = False  # let it fall linearly to 0 at total_steps (the paper's schedule is unknown)
+    anneal_learning_rate: bool = False  # linearly, to 0 at --total-steps (whether the paper does is unknown)
     max_grad_norm: float = 0.5  # every gradient is clipped to this global norm
     gamma: float = 0.925  # discount
     gae_lambda: float = 0.625  # lambda of GAE
