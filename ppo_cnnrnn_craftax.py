@@ -843,6 +843,7 @@ def start_jax(args: Args) -> None:
         try:  # JAX itself reads JAX_COORDINATOR_ADDRESS, and asks launchers that it knows
             given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
             jax.distributed.initialize(**{name: int(value) for name, value in given.items() if value})
+            multihost_utils.sync_global_devices("all are here")  # the first exchange must not wait for a compilation
         except (ValueError, RuntimeError) as error:
             way_out = "use a known launcher, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             raise UserError(f"--distributed True: the processes cannot join ({error}); {way_out}.") from error
