@@ -716,7 +716,7 @@ class Run:
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
-        print("stopping after this iteration; once more to stop at once", flush=True)
+        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print could be interrupted print
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 

@@ -4,8 +4,10 @@ is free. Most of this reads sources; nothing is compiled.
 
 import ast
 import dataclasses
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -189,6 +191,36 @@ def test_a_run_without_track_imports_no_tracker(smoke_run):
     environment = {**os.environ, "PYTHONPATH": str(poison)}
     result = subprocess.run([sys.executable, "-c", "import wandb"], env=environment, capture_output=True, timeout=300)
     assert result.returncode == 99  # the trap works
+
+
+# --- Signals ---
+class Interrupted(io.RawIOBase):
+    """Output whose first write is interrupted by SIGTERM."""
+
+    written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        first, self.written = not self.written, self.written + bytes(data)
+        if first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(data)
+
+
+@MODULES
+def test_a_signal_in_the_middle_of_a_print_asks_to_stop(module, monkeypatch):
+    """print is not reentrant: a handler that prints would raise here."""
+    run, raw = module.Run.__new__(module.Run), Interrupted()
+    run.stop, before = False, signal.signal(signal.SIGTERM, run.request_stop)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw)))
+    try:
+        print("step 24", flush=True)
+        assert run.stop and raw.written == b"step 24\n"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second signal ends the process"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_readme_knows_the_scripts_and_their_lengths():

@@ -120,8 +120,7 @@ def finish(processes):
     finally:
         for process in processes:
             process.kill()
-    for process, (out, err) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, out + err
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(map("\n".join, ends))
     return [out for out, _ in ends]
 
 
