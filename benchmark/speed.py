@@ -195,10 +195,8 @@ def parts_of(args: twm.Args, data: SimpleNamespace) -> dict[str, SimpleNamespace
     other = plain.act, (args,), lambda: (data.policy.params, *now)
     add("policy_forward", f"{envs} frames", ours, other, envs * forward, params + envs * pixels)
     some = replace(args, num_steps=min(steps, 12)) if args.preset == "paper" else args
-    ours, other = (
-        (collect, (some,), lambda: (data.policy.params, data.env, key), some.num_steps)
-        for collect in (twm.collect, plain.collect)
-    )
+    ours = twm.collect, (some,), lambda: (data.policy.params, data.env, key, False), some.num_steps
+    other = plain.collect, (some,), lambda: (data.policy.params, data.env, key), some.num_steps
     add("rollout", f"{unit} and policy, {some.num_steps} a call", ours, other, envs * forward, params + state)
 
     # 2. Updates of the policy. The plain ones do two steps inside a compiled loop.
@@ -445,7 +443,7 @@ def growth_programs() -> dict[str, dict[int, Program]]:
         return Program(our_encoding, (), lambda: (twm.Codebook(data.full.codes[:codes], jnp.int32(codes)), frames))
 
     def rollout(args):
-        inputs = data.policy.params, twm.init_env(args, data.key), data.key
+        inputs = data.policy.params, twm.init_env(args, data.key), data.key, False
         return Program(twm.collect, (args,), lambda: inputs, args.num_steps)
 
     def full_replay(size):
