@@ -149,6 +149,17 @@ def test_exponents_are_slopes_in_log_log():
     np.testing.assert_allclose(speed.exponent(sizes, [7.0] * 4), 0.0, atol=1e-9)
 
 
+def test_every_timed_program_takes_the_arguments_it_is_given():
+    """Traced only, at the sizes of the smallest preset; the studies of growth as they are."""
+    args = twm.PRESETS["smoke"]
+    parts = speed.parts_of(args, speed.setup(args)).values()
+    studies = speed.growth_programs().values()
+    programs = [program for part in parts for program in (part.ours, part.plain)]
+    for program in [*programs, *(program for study in studies for program in study.values())]:
+        program.function.eval_shape(*program.static, *program.data())
+    assert len(programs) == 2 * len(set(speed.GOALS) - {"iteration"} | {"rollout", "policy_forward"})
+
+
 def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     written = {}
     monkeypatch.setattr(speed.results, "write", lambda *fields: written.update(zip("ncrs", fields, strict=True)))
