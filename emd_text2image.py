@@ -508,7 +508,7 @@ def make_pipeline(args: Args, captions: list[str]) -> StableDiffusionPipeline:
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
         block_out_channels=args.vae_channels,
-        norm_num_groups=math.gcd(32, *[width // 4 for width in args.vae_channels]),  # groups of one lose all colour
+        norm_num_groups=math.gcd(32, *[width // 4 for width in args.vae_channels]),  # no group of one channel
         sample_size=args.image_size,
     )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -716,7 +716,7 @@ class Run:
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print could be interrupted print
+        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 

@@ -1212,7 +1212,7 @@ class Run:
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print could be interrupted print
+        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
         signal.signal(number, signal.SIG_DFL)
 
