@@ -98,9 +98,10 @@ class Args:
     pictures: str = ""  # captioned pictures for --train-teacher, a webdataset .tar (empty: drawn shapes)
     train_teacher: bool = False  # train a pipeline on those first, kept in the run folder as teacher/
     vae_steps: int = 20_000  # updates of its autoencoder
+    vae_lr: float = 1e-4  # Adam step size of those: linear warmup in the first tenth, linear decay in the last half
     teacher_steps: int = 200_000  # updates of its UNet and text encoder, after that
     teacher_batch_size: int = 256  # pictures per such update, all processes together
-    teacher_lr: float = 1e-4  # Adam step size of both, after a linear warmup over the first tenth
+    teacher_lr: float = 1e-4  # Adam step size of those, with the same warmup and decay
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # what a UNet made here predicts
     unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of a UNet made here; its last level lacks cross-attention
     unet_layers: int = 2  # residual blocks per level of a UNet made here
@@ -158,16 +159,17 @@ PRESETS = {
         checkpointing=True,
     ),
     "cpu": Args(
-        preset="cpu", total_steps=2000, train_teacher=True, vae_steps=3000, teacher_steps=6000, teacher_batch_size=32,
-        teacher_lr=1e-3, image_size=32, unet_channels=(48, 96), unet_layers=1, text_width=64, text_layers=2,
-        vae_channels=(16, 32, 32), generator_lr=5e-5, score_lr=2.5e-4, ema=0.998, batch_size=16, micro_batch_size=32,
-        eval_samples=512, eval_batch_size=64, log_every=20, save_every=500, media_every=500,
+        preset="cpu", total_steps=2000, train_teacher=True, vae_steps=3000, vae_lr=2e-3, teacher_steps=6000,
+        teacher_batch_size=32, teacher_lr=1e-3, prediction="v_prediction", image_size=32, unet_channels=(48, 96),
+        unet_layers=1, text_width=64, text_layers=2, vae_channels=(16, 32, 32), generator_lr=5e-5, score_lr=2.5e-4,
+        ema=0.998, batch_size=16, micro_batch_size=32, eval_samples=512, eval_batch_size=64, log_every=20,
+        save_every=500, media_every=500,
     ),
     "smoke": Args(
-        preset="smoke", total_steps=4, train_teacher=True, vae_steps=3, teacher_steps=5, teacher_batch_size=4,
-        teacher_lr=1e-3, image_size=32, unet_channels=(16, 32), unet_layers=1, text_width=32, text_layers=1,
-        vae_channels=(8, 8, 16), k=2, generator_lr=1e-4, score_lr=5e-4, ema=0.9, batch_size=4, micro_batch_size=2,
-        ddim_steps=3, eval_samples=16, eval_batch_size=8, log_every=2, save_every=2, media_every=2,
+        preset="smoke", total_steps=4, train_teacher=True, vae_steps=3, vae_lr=1e-3, teacher_steps=5,
+        teacher_batch_size=4, teacher_lr=1e-3, image_size=32, unet_channels=(16, 32), unet_layers=1, text_width=32,
+        text_layers=1, vae_channels=(8, 8, 16), k=2, generator_lr=1e-4, score_lr=5e-4, ema=0.9, batch_size=4,
+        micro_batch_size=2, ddim_steps=3, eval_samples=16, eval_batch_size=8, log_every=2, save_every=2, media_every=2,
     ),
 }
 # fmt: on
@@ -1156,12 +1158,12 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
         return denoising_loss(denoiser, latent, t, noise.normal_like(latent), features)
 
     def update(done: int, means: Means) -> None:
-        stage = "autoencoder", done, args.vae_steps, vae_loss, adam_vae
+        stage = "autoencoder", done, args.vae_steps, vae_loss, adam_vae, args.vae_lr, 0.5  # unclipped, it breaks down
         if done > args.vae_steps:
-            stage = "denoising", done - args.vae_steps, args.teacher_steps, unet_loss, adam
-        name, part, parts, loss_of, optimizer = stage
-        lr = args.teacher_lr * min(1.0, 10 * part / parts)
-        accumulate(args, means, name, (0, done), args.teacher_batch_size, loss_of, optimizer, lr)
+            stage = "denoising", done - args.vae_steps, args.teacher_steps, unet_loss, adam, args.teacher_lr, 0.0
+        name, part, parts, loss_of, optimizer, lr, clip = stage
+        lr *= min(1.0, 10 * part / parts, 2 * (parts - part + 1) / parts)
+        accumulate(args, means, name, (0, done), args.teacher_batch_size, loss_of, optimizer, lr, clip)
         if name == "denoising":
             update_ema(average, net, ema_decay(part, args))
 
