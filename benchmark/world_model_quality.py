@@ -11,6 +11,8 @@ cells, frames   the next frame from true frames and actions, up to `context` of 
                 that moves as the player really did
 action          the same where a move scrolled the map, with the true actions and with those of another window
 reward, done    probability of an achievement, of an episode end, against what happened; also across episode ends
+actions         how often the policy takes each action and what for, in the real world and in the imagined one: a model
+                whose imagined rewards are easier to get than real ones teaches its policy to get those
 curve           over imagined steps: frames after a single true one, under the true actions, beside copying that one;
                 rewards and ends in rollouts of the policy inside the world model, beside what really followed the
                 frames that they start from
@@ -24,6 +26,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from craftax.craftax_classic.constants import Action
 from flax import struct
 from jax import Array
 
@@ -249,6 +253,20 @@ def reward_metrics(windows: HeldOut, probability: np.ndarray) -> dict:
     return event_metrics(probability, unlocks) | {"kinds": means(kinds, predicted=probability)}
 
 
+def action_metrics(real: tuple, promised: np.ndarray, imagined: tuple) -> dict:
+    """For each action by its name: its share of real and of imagined steps, and the achievements per such
+    step. real, imagined: actions Int and achievements Bool of one shape. promised: the probability of an achievement
+    that the world model gives a real step, from true frames.
+    """
+    (taken, unlocks), (dreamt, rewards), table = real, imagined, {}
+    for action in Action:
+        one, other = taken == action.value, dreamt == action.value
+        rates = {"true": unlocks[one], "promised": promised[one], "imagined": rewards[other]}
+        rates = {name: values.mean() if values.size else None for name, values in rates.items()}
+        table[action.name] = {"real_share": one.mean(), "imagined_share": other.mean(), **rates}
+    return table
+
+
 # --- Many steps ---
 def open_loop_curves(true: np.ndarray, imagined: np.ndarray) -> dict[str, np.ndarray]:
     """Tokens [N, 1 + T, L] whose first frame was given. Curves Float[T], beside what copying that frame gets: all
@@ -276,7 +294,7 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
 
     def dreamt(part, key):
         rollout = imagine(args, live[0], state.policy, live[1], state.codebook, part, key)
-        return rollout.rewards.T, rollout.dones.T
+        return rollout.rewards.T, rollout.dones.T, rollout.actions.T
 
     run = functools.partial(in_batches, size=args.wm_batch_size)
     windows = cut_windows(held_out, args.context + 1, args.context)
@@ -284,6 +302,8 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
     metrics = {"steps": held_out.repeats.size, "episodes": held_out.steps.dones.sum(), "codes": state.codebook.size}
     metrics |= {"unknown_patches": held_out.unknown.mean(), "reward": reward_metrics(windows, predicted.reward)}
     metrics["done"] = event_metrics(predicted.done, windows.steps.dones[:, :-1])
+
+    real, promised = (windows.steps.actions[:, :-1], windows.steps.rewards[:, :-1] >= 0.5), predicted.reward
 
     within = ~windows.steps.dones[:, :-1].any(1)  # Bool[N]: of one episode
     twm.require(args, "num_steps", within.any(), "leaves no window within one episode: give more")
@@ -296,7 +316,8 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
 
     starts = cut_windows(held_out, args.burn_in + args.imagination_steps, args.imagination_steps).steps
     given = jax.tree.map(lambda leaf: leaf[:, : args.burn_in + 1], starts)
-    rewards, dones = run(dreamt, given, key_imagine)  # [N, T] each
+    rewards, dones, dreamt_actions = run(dreamt, given, key_imagine)  # [N, T] each
+    metrics["actions"] = action_metrics(real, promised, (dreamt_actions, rewards > 0))
     rates = {"imagined_reward_rate": rewards, "real_reward_rate": starts.rewards[:, args.burn_in :] >= 0.5}
     rates |= {"imagined_done_rate": dones, "real_done_rate": starts.dones[:, args.burn_in :]}
     metrics |= {name: value.mean() for name, value in rates.items()}
@@ -320,7 +341,7 @@ def plain(tree: Any) -> Any:
 def print_table(title: str, rows: dict[str, dict]) -> None:
     print(f"{title:<36}" + "".join(f"{name:>12}" for name in next(iter(rows.values()), {})))
     for name, row in rows.items():
-        print(f"  {name:<34}" + "".join(f"{value:>12.6g}" for value in row.values()))
+        print(f"  {name:<34}" + "".join(f"{math.nan if value is None else value:>12.6g}" for value in row.values()))
 
 
 def draw_curves(path: Path, runs: list[dict]) -> None:
@@ -400,6 +421,7 @@ def main(argv: list[str]) -> None:
         for name in ("cells", "frames", "action", "changed cells, by frames seen"):
             print_table(name, run["metrics"][name])
         print_table("reward, by what the step does", run["metrics"]["reward"]["kinds"])
+        print_table("achievements, by action", run["metrics"]["actions"])
         for name in ("reward", "done"):
             print_table(f"{name}, by predicted probability", run["metrics"][name]["bins"])
         runs.append(run)

@@ -149,6 +149,16 @@ def test_rewards_are_told_apart_by_what_the_step_does():
     assert kinds == {name: {"count": n, "predicted": pytest.approx(p)} for name, (n, p) in expected.items()}
 
 
+def test_what_a_policy_does_in_both_worlds_is_told_apart_by_action():
+    taken, unlocks = np.array([[5, 5, 6, 0]]), np.array([[True, False, False, False]])
+    dreamt, rewards = np.array([[5, 5], [5, 5], [6, 6]]), np.array([[True, True], [True, False], [False, True]])
+    table = quality.action_metrics((taken, unlocks), np.array([[0.9, 0.3, 0.1, 0.0]]), (dreamt, rewards))
+    assert len(table) == twm.NUM_ACTIONS
+    assert [*table["DO"].values()] == pytest.approx([0.5, 4 / 6, 0.5, 0.6, 0.75])
+    assert [*table["SLEEP"].values()] == pytest.approx([0.25, 2 / 6, 0.0, 0.1, 0.5])
+    assert table["NOOP"]["imagined"] is None and table["LEFT"]["real_share"] == 0
+
+
 # --- Held-out steps ---
 def test_creatures_are_seen_on_the_map_only():
     def mobs(*positions):  # of one kind in each of the worlds
@@ -286,7 +296,7 @@ def test_a_toy_learnt_by_heart_is_measured_as_perfect(toy, monkeypatch):
     def imagine(args, vocab, policy, params, codebook, part, key):
         assert part.actions.shape == (args.wm_batch_size, args.burn_in + 1)
         ones = jnp.ones((args.imagination_steps, len(part.actions)))
-        return SimpleNamespace(rewards=ones, dones=0 * ones)
+        return SimpleNamespace(rewards=ones, dones=0 * ones, actions=0 * ones)
 
     monkeypatch.setattr(quality, "predict", predict)
     monkeypatch.setattr(quality, "imagine", imagine)
@@ -298,6 +308,9 @@ def test_a_toy_learnt_by_heart_is_measured_as_perfect(toy, monkeypatch):
     for event, happened in (("reward", steps.rewards[:24] >= 0.5), ("done", steps.dones[:24])):
         assert metrics[event]["steps"] == happened.size and metrics[event]["events"] == happened.sum() > 0
         assert metrics[event]["precision"] == metrics[event]["recall"] == 1 and metrics[event]["brier"] == 0
+    doing = {name: row["true"] for name, row in metrics["actions"].items() if row["true"] is not None}
+    assert doing == {name: metrics["actions"][name]["promised"] for name in doing} and max(doing.values()) > 0
+    assert metrics["actions"]["NOOP"]["imagined_share"] == metrics["actions"]["NOOP"]["imagined"] == 1
     assert 0 < metrics["frames"]["all"]["count"] < 8 * 24  # windows with an end are left out
     assert (curves["exact"] == 1).all() and (curves["copy"] < 1).any()
     assert (curves["imagined_reward_rate"] == 1).all() and (curves["imagined_done_rate"] == 0).all()
