@@ -53,6 +53,7 @@ import matplotlib.pyplot as plt
 
 MAP_ROWS, MAP_COLUMNS = 7, 9  # of the 9 x 9 cells of a frame; the inventory is below
 PLAYER = MAP_ROWS // 2 * twm.GRID + MAP_COLUMNS // 2  # the cell in the middle of the map
+ITEMS = MAP_ROWS * twm.GRID + 4  # the inventory's first cells are health, food, drink, energy: hidden clocks move them
 SCROLLED = "changed map, scrolled there"  # cells that show what a neighbouring cell showed before a move
 BIN_EDGES = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)  # of probabilities; events are rare
 
@@ -184,6 +185,7 @@ def cell_groups(windows: HeldOut) -> dict[str, np.ndarray]:
     frames = {name: np.broadcast_to(group[..., None], changed.shape) for name, group in frame_groups(windows).items()}
     groups = {"changed": changed, "unchanged": ~changed, "map": on_map, "inventory": ~on_map}
     groups["changed inventory"] = changed & ~on_map
+    groups["changed items"] = changed & (np.arange(twm.GRID**2) >= ITEMS)
     groups[SCROLLED] = changed & on_map & frames["after a move"] & in_view
     groups["changed map, new in view"] = changed & ~in_view
     groups["changed map, no move"] = changed & on_map & frames["after no move"]

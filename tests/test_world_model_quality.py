@@ -101,12 +101,13 @@ def test_a_walk_is_explained_by_scrolling():
 def test_what_changes_without_a_move_has_its_own_groups():
     tokens = np.zeros((1, 3, L), int)
     tokens[0, 1:, 20] = 1  # on the map, at the first step
-    tokens[0, 2, [63, 80]] = 1  # in the inventory, at the second
+    tokens[0, 2, [66, 67, 80]] = 1  # in the inventory, at the second: energy and two items
     flags = np.array([[True, False, True]])  # of frames; the first one is not predicted
     windows = held_out(tokens, creatures=flags, noisy=~flags)
     groups = {name: np.argwhere(group).tolist() for name, group in quality.cell_groups(windows).items()}
     assert groups["changed map, no move"] == [[0, 0, 20]]
-    assert groups["changed inventory"] == [[0, 1, 63], [0, 1, 80]]
+    assert groups["changed inventory"] == [[0, 1, 66], [0, 1, 67], [0, 1, 80]]
+    assert groups["changed items"] == [[0, 1, 67], [0, 1, 80]]
     assert groups["changed, with creatures"] == groups["changed, without noise"] == groups["changed inventory"]
     assert groups["changed, without creatures"] == groups["changed, in noise"] == groups["changed map, no move"]
     assert not groups[quality.SCROLLED] and not groups["changed map, new in view"]
