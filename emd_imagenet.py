@@ -116,6 +116,7 @@ class Args:
     lambda_star: float = -6.0  # log-SNR at which the teacher is the first generator: x = D(s* z, s*), s* = exp(3)
     score_updates: int = 1  # updates of the student score network per generator update
     generator_lr: float = 2e-6  # Adam step size of the generator
+    anneal_learning_rate: bool = False  # the generator's, linearly to 0 over the last half of --total-steps
     score_lr: float = 1e-5  # Adam step size of the student score network
     beta1: float = 0.0  # of Adam, for generator and score network
     beta2: float = 0.99  # of Adam, for generator and score network
@@ -746,6 +747,11 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
+def generator_lr(args: Args, step: int) -> float:
+    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
+    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
+
+
 def ema_decay(step: int, args: Args) -> float:
     """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
     if not args.ema or not args.ema_ramp:
@@ -1108,7 +1114,7 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
     for turn in range(args.score_updates):
         how = args.batch_size, score_loss, state["adam_score"], args.score_lr
         accumulate(args, means, "denoising", (1, step, turn), *how)
-    how = args.batch_size, generator_loss, state["adam_generator"], args.generator_lr, args.max_grad_norm
+    how = args.batch_size, generator_loss, state["adam_generator"], generator_lr(args, step), args.max_grad_norm
     accumulate(args, means, "generator", (2, step), *how)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))

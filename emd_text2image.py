@@ -122,6 +122,7 @@ class Args:
     t_star: int = 500  # timestep at which the teacher is the first generator: x = D(s* z, t*)
     score_updates: int = 1  # updates of the student score network per generator update
     generator_lr: float = 2e-6  # Adam step size of the generator
+    anneal_learning_rate: bool = False  # the generator's, linearly to 0 over the last half of --total-steps
     score_lr: float = 1e-5  # Adam step size of the student score network
     beta1: float = 0.0  # of Adam, for generator and score network; at 0 no first moment is stored
     beta2: float = 0.99  # of Adam, for generator and score network
@@ -764,6 +765,11 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
+def generator_lr(args: Args, step: int) -> float:
+    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
+    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
+
+
 def ema_decay(step: int, args: Args) -> float:
     """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
     if not args.ema or not args.ema_ramp:
@@ -1247,7 +1253,7 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
         lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
         key = 1, step, turn
         accumulate(args, means, "denoising", key, args.batch_size, score_loss, state["adam_score"], lr)
-    how = state["adam_generator"], adam_lr(args, args.generator_lr, step), args.max_grad_norm
+    how = state["adam_generator"], adam_lr(args, generator_lr(args, step), step), args.max_grad_norm
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, *how)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))

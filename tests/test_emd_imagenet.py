@@ -531,6 +531,20 @@ def test_the_average_ramps_up_to_its_half_life():
     assert emd.ema_decay(1, settings(ema=0.999, ema_ramp=0)) == 0.999
 
 
+def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
+    rates = {"denoising": [], "generator": []}
+    monkeypatch.setattr(emd, "accumulate", lambda *how: rates[how[2]].append(how[7]))
+    monkeypatch.setattr(emd, "update_ema", lambda *nets: None)
+    state = dict.fromkeys(("generator", "score", "average", "adam_generator", "adam_score"))
+    for anneal in (False, True):
+        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, anneal_learning_rate=anneal)
+        for step in range(1, 9):
+            emd.train_iteration(args, None, state, step, None)
+    constant, last_half = [0.1] * 8, [0.1, 0.075, 0.05, 0.025]
+    assert rates["generator"] == pytest.approx(constant + [0.1] * 4 + last_half)
+    assert rates["denoising"] == [0.5] * 16
+
+
 def adm_forward(weights, x, timestep, labels, config, per_head):
     """A UNet of the ADM layout written out from OpenAI-format weights, for the key map to be compared with. Attention:
     heads of 64 channels and (three, head, channel) as in the EDM weights, or four and (head, three, channel).

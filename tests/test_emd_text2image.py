@@ -430,6 +430,21 @@ def test_logged_keys_are_the_documented_keys(smoke):
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
 
 
+def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
+    rates = {"denoising": [], "generator": []}
+    monkeypatch.setattr(t2i, "accumulate", lambda *how: rates[how[2]].append(how[7]))
+    monkeypatch.setattr(t2i, "update_ema", lambda *nets: None)
+    state = dict.fromkeys(("generator", "score", "average", "adam_generator", "adam_score"))
+    setup = t2i.Setup(None, None, None, None, 0)
+    for anneal in (False, True):
+        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, beta1=0.9, anneal_learning_rate=anneal)
+        for step in range(1, 9):
+            t2i.train_iteration(args, setup, state, step, None)
+    constant, last_half = [0.1] * 8, [0.1, 0.075, 0.05, 0.025]
+    assert rates["generator"] == pytest.approx(constant + [0.1] * 4 + last_half)
+    assert rates["denoising"] == [0.5] * 16
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(smoke, copied, capsys):
     (copied / "checkpoints" / "000000012.pt").write_bytes(b"damaged")  # so the one of update 10 is used
     code, output = run_main(capsys, "--resume", copied, *QUIET)
