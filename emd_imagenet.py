@@ -166,9 +166,9 @@ PRESETS = {
     "cpu": Args(
         preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
         teacher_batch_size=64, teacher_lr=1e-3, unet_channels=(16, 32, 32), unet_layers=1, unet_attention=1,
-        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, score_lr=5e-4, ema=0.998, batch_size=8,
-        micro_batch_size=64, channels_last=True, heun_steps=16, eval_samples=2000, log_every=20, save_every=500,
-        media_every=500,
+        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4, ema=0.998,
+        batch_size=8, micro_batch_size=64, channels_last=True, heun_steps=16, eval_samples=2000, log_every=20,
+        save_every=500, media_every=500,
     ),
     "smoke": Args(
         preset="smoke", total_steps=4, dataset="digits", image_size=8, train_teacher=True, teacher_steps=20,
