@@ -116,7 +116,7 @@ class Args:
     lambda_star: float = -6.0  # log-SNR at which the teacher is the first generator: x = D(s* z, s*), s* = exp(3)
     score_updates: int = 1  # updates of the student score network per generator update
     generator_lr: float = 2e-6  # Adam step size of the generator
-    anneal_learning_rate: bool = False  # the generator's, linearly to 0 over the last half of --total-steps
+    anneal_learning_rate: bool = False  # the generator's step size falls linearly to 0 over the last half of the run
     score_lr: float = 1e-5  # Adam step size of the student score network
     beta1: float = 0.0  # of Adam, for generator and score network
     beta2: float = 0.99  # of Adam, for generator and score network
