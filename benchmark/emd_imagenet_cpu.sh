@@ -2,11 +2,12 @@
 # Students on Fashion-MNIST for docs/emd_imagenet.md: one teacher, then students that start from it. Each kind takes UPDATES
 # updates; EMD-4 3 times and Diff-Instruct 8 times as many in runs of their own, which cost what EMD-16 costs (71, 23 and 9
 # forward passes each): the step size falls towards the end of a run, so equal updates and equal work need different runs.
-# JOBS runs at once, one thread each: about two and a half hours on two idle cores. RUNS says where run folders go, SEEDS
-# which seeds. Start it again after an interruption: runs that were finished are kept, others go on with --resume.
+# Then one change at a time: cancellation and corrector of EMD-16, initial level of EMD-4 (the preset's is -2). JOBS runs at
+# once, one thread each: about two hours on two idle cores. RUNS says where run folders go, SEEDS which seeds. Start it
+# again after an interruption: runs that were finished are kept, others go on with --resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export runs=${RUNS:-runs/emd_imagenet_cpu} updates=${UPDATES:-2000} OMP_NUM_THREADS=1
+export runs=${RUNS:-runs/emd_imagenet_cpu} updates=${UPDATES:-1500} OMP_NUM_THREADS=1
 export script="python emd_imagenet.py"
 
 go() { # DIRECTORY FILE TEXT FLAGS...: starts the run of a directory, or goes on with it, until its FILE holds TEXT
@@ -32,7 +33,7 @@ export command="--preset cpu --no-train-teacher --teacher $(echo "$runs"/teacher
   done
   for cancel in none last; do echo "EMD-16-cancel-$cancel 1 $updates --k 16 --cancel $cancel"; done
   for corrector in eps x-z; do echo "EMD-16-$corrector 1 $updates --k 16 --corrector $corrector"; done
-  for level in -6 -4 0; do echo "EMD-16-lambda$level 1 $updates --k 16 --lambda-star $level"; done
+  for level in -6 -4 0; do echo "EMD-4-lambda$level 1 $updates --k 4 --lambda-star $level"; done
 } | xargs -P "${JOBS:-2}" -I {} bash -c 'set -euo pipefail; distil {}'
 
 folders=()
