@@ -162,9 +162,9 @@ PRESETS = {
     "cpu": Args(
         preset="cpu", total_steps=2000, train_teacher=True, vae_steps=3000, vae_lr=2e-3, teacher_steps=6000,
         teacher_batch_size=32, teacher_lr=1e-3, prediction="v_prediction", image_size=32, unet_channels=(48, 96),
-        unet_layers=1, text_width=64, text_layers=2, vae_channels=(16, 32, 32), generator_lr=5e-5, score_lr=2.5e-4,
-        ema=0.998, batch_size=16, micro_batch_size=32, eval_samples=512, eval_batch_size=64, log_every=20,
-        save_every=500, media_every=500,
+        unet_layers=1, text_width=64, text_layers=2, vae_channels=(16, 32, 32), guidance=1.0, generator_lr=5e-5,
+        score_lr=2.5e-4, ema=0.998, batch_size=16, micro_batch_size=32, eval_samples=512, eval_batch_size=64,
+        log_every=20, save_every=500, media_every=500,
     ),
     "smoke": Args(
         preset="smoke", total_steps=4, train_teacher=True, vae_steps=3, vae_lr=1e-3, teacher_steps=5,
@@ -1038,6 +1038,16 @@ def clip_score(folder: str, pixels: Tensor, texts: list[str]) -> float:
     return total / len(texts)
 
 
+def diversity(name: str, features: Tensor, each: int, kept: Tensor) -> dict[str, float]:
+    """Mean distance of two pictures of one caption that are both `kept` Bool[N]; nothing if there is no such pair.
+    Features Float[N, D], with `each` pictures of a caption in a row.
+    """
+    distance = torch.cdist(*[features.unflatten(0, (-1, each))] * 2)
+    kept = kept.unflatten(0, (-1, each))
+    pairs = (kept[:, :, None] & kept[:, None]).triu(1)
+    return {name: float(distance[pairs].mean())} if pairs.any() else {}
+
+
 class Evaluator:
     """Compares the student at one network evaluation with the teacher at --ddim-steps, on equal captions and noise."""
 
@@ -1086,13 +1096,13 @@ class Evaluator:
         for reference, real in self.references.items():
             compared = compare(real, features, "fid" if args.features else "frechet")
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
-        if each > 1:  # mean distance of two pictures of one caption
-            together = torch.cdist(*[features.view(-1, each, features.shape[1])] * 2)
-            scores["diversity"] = float(together.sum((1, 2)).mean() / (each * (each - 1)))
+        scores |= diversity("diversity", features, each, torch.ones(len(features), dtype=torch.bool))
         if self.drawn:
             right = np.array([grammar()[text] for text in self.texts]) == np.array(measure(pixels))
             scores |= {f"accuracy_{name}": float(right[:, i].mean()) for i, name in enumerate(ATTRIBUTES)}
             scores |= {"accuracy_mean": float(right.mean()), "accuracy_all": float(right.all(1).mean())}
+            in_place = torch.tensor(right[:, ATTRIBUTES.index("position")])  # a misplaced group is not a mode
+            scores |= diversity("diversity_in_place", features, each, in_place)
         if args.clip:
             scores["clip_score"] = clip_score(args.clip, pixels, self.texts)
         return scores, features
@@ -1100,8 +1110,9 @@ class Evaluator:
     def __call__(self, average: Denoiser, run: Run, step: int) -> dict[str, float]:
         """Scores of a generator, written to eval.json beside the teacher's."""
         student, _ = self.score(lambda z, text: generate(average, z, text, self.args.t_star), 1)
-        if "diversity" in student:
-            student["diversity_ratio"] = student["diversity"] / max(self.teacher_scores["diversity"], 1e-12)
+        for name in ("diversity", "diversity_in_place"):
+            if name in student and name in self.teacher_scores:
+                student[f"{name}_ratio"] = student[name] / max(self.teacher_scores[name], 1e-12)
         result = {"step": step, "samples": len(self.texts), "captions": len(set(self.texts))}
         result |= {"features": self.features.name, "guidance": self.args.guidance}
         text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)

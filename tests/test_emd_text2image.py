@@ -430,6 +430,15 @@ def test_logged_keys_are_the_documented_keys(smoke):
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
 
 
+def test_diversity_is_the_mean_distance_of_kept_pictures_of_one_caption():
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0], [9.0, 9.0], [9.0, 9.0], [9.0, 19.0]])
+    kept = torch.tensor([1, 1, 0, 0, 1, 1], dtype=torch.bool)  # two captions of three pictures
+    everything = (5 + 1 + math.sqrt(18) + 0 + 10 + 10) / 6
+    assert t2i.diversity("d", features, 3, kept | ~kept) == {"d": pytest.approx(everything)}
+    assert t2i.diversity("d", features, 3, kept) == {"d": pytest.approx((5 + 10) / 2)}
+    assert t2i.diversity("d", features, 1, kept) == t2i.diversity("d", features, 3, ~kept) == {}
+
+
 def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
     rates = {"denoising": [], "generator": []}
     monkeypatch.setattr(t2i, "accumulate", lambda *how: rates[how[2]].append(how[7]))
