@@ -206,6 +206,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
             for name, value in saved.items():
                 if type(value) is not type(getattr(default, name, None)):
                     raise ValueError(f"{name} is {value!r}")
+            if known.preset not in ("", saved.get("preset")):
+                raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
@@ -677,27 +679,32 @@ class Run:
         new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
             return
         try:
-            (self.folder / "media").mkdir(parents=True, exist_ok=True)
+            # Two runs started within a second would share a new folder.
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume or args.eval_only))
+            (self.folder / "media").mkdir(exist_ok=True)
             if not args.eval_only:
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                shutil.copy(Path(__file__), self.folder)
+                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
                 lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
                 whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
                 self.lines.write_text("".join(whole))
         except OSError as error:
-            reason = f"cannot write to {self.folder} ({error.strerror})"
-            raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
+            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
 
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
-            wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            try:
+                wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            except wandb.errors.Error as error:
+                raise UserError(f"--track True: {error}; log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
@@ -709,7 +716,7 @@ class Run:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                way_out = f"try --resume {self.folder} with a lower learning rate"
+                way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
             with self.lines.open("a") as file:

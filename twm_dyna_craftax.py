@@ -77,7 +77,7 @@ class Args:
     num_envs: int = 48  # environments stepped in parallel (B)
     num_steps: int = 96  # environment steps per rollout and environment (T)
     encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
-    encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7, then each 3x3 convolution
+    encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7 convolution, then the stages
     gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
@@ -186,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
             for name, value in saved.items():
                 if type(value) is not type(getattr(default, name, None)):
                     raise ValueError(f"{name} is {value!r}")
+            if known.preset not in ("", saved.get("preset")):
+                raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
             default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
@@ -233,10 +235,13 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     require(args, "num_minibatches", envs % minibatches == 0, f"{reason}. Try {math.gcd(envs, minibatches)}")
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
-    way_out = f"does not split evenly over {jax.device_count()} devices: make it a multiple, or hide devices"
-    for name, size in {"num_envs": envs // minibatches, **divisible}.items():
-        unit = f"in --num-minibatches {minibatches} " if name == "num_envs" else ""
-        require(args, name, size % jax.device_count() == 0, unit + way_out)
+    devices = jax.device_count()
+    for name, size in {"num_envs": envs, **divisible}.items():
+        reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
+        require(args, name, size % devices == 0, reason)
+    fewer = max(n for n in range(1, minibatches + 1) if envs // devices % n == 0)
+    reason = f"makes groups of {envs // minibatches} environments, which {devices} devices cannot share: try {fewer}"
+    require(args, "num_minibatches", envs // minibatches % devices == 0, reason)
 
 
 @functools.cache
@@ -330,43 +335,29 @@ def to_cells(frames: Array) -> Array:
     return grid.reshape(-1, GRID * GRID, CELL * CELL * 3)
 
 
-class ImpalaEncoder(nn.Module):
+class Encoder(nn.Module):
     """[TWM] residual CNN: each stage is norm, conv, pool (63 -> 32 -> 16 -> 8) and two residual blocks of one conv.
     Float[N, 63, 63, 3] -> Float[N, 8 * 8 * channels[-1]].
+    DEVIATION(cells): a CNN that knows the map grid, since two cores cannot pay for 3x3 convolutions on 63x63 pixels. A
+    7x7 convolution of stride 7, written as a product, reads each cell of the normalised frame; then stages without
+    pooling. -> Float[N, 81 * channels[-1]].
     """
 
+    cells: bool
     channels: tuple[int, ...]
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         norm = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=self.dtype)
-        init = nn.initializers.xavier_normal()
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=init, dtype=self.dtype)
-        for features in self.channels:
-            x = nn.max_pool(conv(features)(norm()(x)), (3, 3), strides=(2, 2), padding="SAME")
-            for _ in range(2):
-                x = x + conv(features)(norm()(nn.relu(x)))
-        return nn.relu(x).reshape(len(x), -1)
-
-
-class CellEncoder(nn.Module):
-    """DEVIATION(cells): a CNN that knows the map grid, since two cores cannot pay for 3x3 convolutions on 63x63
-    pixels. A 7x7 convolution of stride 7, written as a product, reads each cell of the normalised frame; then stages as
-    above, but without pooling. Float[N, 63, 63, 3] -> Float[N, 81 * channels[-1]].
-    """
-
-    channels: tuple[int, ...]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        norm = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=self.dtype)
-        settings = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}
-        cells = to_cells(norm(use_bias=False, use_scale=False)(x))
-        x = nn.relu(nn.Dense(self.channels[0], **settings)(cells)).reshape(len(x), GRID, GRID, -1)
-        for features in self.channels[1:]:
+        settings, stages = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}, self.channels
+        if self.cells:
+            first, *stages = stages
+            cells = to_cells(norm(use_bias=False, use_scale=False)(x))
+            x = nn.relu(nn.Dense(first, **settings)(cells)).reshape(len(x), GRID, GRID, -1)
+        for features in stages:
             x = nn.Conv(features, (3, 3), **settings)(norm()(x))
+            x = x if self.cells else nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
             for _ in range(2):
                 x = x + nn.Conv(features, (3, 3), **settings)(norm()(nn.relu(x)))
         return nn.relu(x).reshape(len(x), -1)
@@ -418,7 +409,7 @@ class Policy(nn.Module):
         def dense(features, scale):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
-        encoder = {"impala": ImpalaEncoder, "cells": CellEncoder}[args.encoder](args.encoder_channels, dtype)
+        encoder = Encoder(args.encoder == "cells", args.encoder_channels, dtype)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
         if args.gru:
@@ -504,8 +495,8 @@ def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTra
 
 
 def policy_adam(args: Args) -> optax.GradientTransformation:
-    schedule = optax.linear_schedule(args.learning_rate, 0.0, args.policy_updates)
-    return adam(args, schedule if args.anneal_learning_rate else args.learning_rate)
+    last = 0.0 if args.anneal_learning_rate else args.learning_rate  # a schedule in any case: --resume may change it
+    return adam(args, optax.linear_schedule(args.learning_rate, last, args.policy_updates))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -954,8 +945,7 @@ def world_model_step(
 ) -> tuple[Learner, dict]:
     """One gradient step on fresh windows of the replay."""
     key_windows, key_dropout = jax.random.split(key)
-    no_frames = replay.replace(steps=replay.steps.replace(frames=None))
-    windows = sample_windows(no_frames, key_windows, args.wm_batch_size, args.context + 1)
+    windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
@@ -965,8 +955,7 @@ def world_model_step(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
     """Losses and accuracies, without dropout, on the newest of [T, B] steps before any training on them."""
-    no_frames, first = steps.replace(frames=None), -args.context - 1
-    windows = jax.tree.map(lambda x: x[first:, : args.wm_batch_size].swapaxes(0, 1), no_frames)
+    windows = jax.tree.map(lambda x: x[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1), steps)
     return world_model_loss(params, args, vocab, size, windows, None)[1]
 
 
@@ -1188,27 +1177,32 @@ class Run:
         new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
             return
         try:
-            (self.folder / "media").mkdir(parents=True, exist_ok=True)
+            # Two runs started within a second would share a new folder.
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume or args.eval_only))
+            (self.folder / "media").mkdir(exist_ok=True)
             if not args.eval_only:
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                shutil.copy(Path(__file__), self.folder)
+                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
                 lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
                 whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
                 self.lines.write_text("".join(whole))
         except OSError as error:
-            reason = f"cannot write to {self.folder} ({error.strerror})"
-            raise UserError(f"--runs-dir {args.runs_dir}: {reason}; name a folder that you may write to.") from error
+            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
 
             name = self.folder.resolve().name  # also the id: a resumed run goes on in the same W&B run
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
-            wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            try:
+                wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+            except wandb.errors.Error as error:
+                raise UserError(f"--track True: {error}; log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
@@ -1220,7 +1214,7 @@ class Run:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                way_out = f"try --resume {self.folder} with a lower learning rate"
+                way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
             with self.lines.open("a") as file:
@@ -1408,6 +1402,7 @@ def main() -> None:
         start_jax(args)
         check_args(args)
         if args.dry_run:
+            print(json.dumps(dataclasses.asdict(args), indent=2))
             dry_run(args)
         elif args.eval_only:
             state = load_checkpoint("--eval-only", Path(args.eval_only), init_state(args))

@@ -1,5 +1,6 @@
 """Bad input ends with exit code 2 and one sentence that names the flag, before anything is computed or written."""
 
+import dataclasses
 import json
 
 import jax
@@ -81,7 +82,7 @@ def test_what_the_flag_parser_refuses(flags, named, call_main, monkeypatch, tmp_
     "flags, named",
     [
         ({"num-envs": 4, "num-minibatches": 1}, "--num-envs"),
-        ({"num-envs": 6, "num-minibatches": 3}, "--num-minibatches"),  # minibatches of two environments
+        ({"num-envs": 6, "num-minibatches": 3}, "--num-minibatches 3 makes groups of 2"),
         ({"wm-batch-size": 4}, "--wm-batch-size 4"),
         ({"imagination-envs": 4}, "--imagination-envs 4"),
     ],
@@ -120,6 +121,19 @@ def test_broken_settings_of_a_run_folder_are_refused(content, call_main, monkeyp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text(content)
     assert_refused(call_main("--resume", "run"), ["--resume run"] if "num_envs" not in content else ["run"])
+
+
+def test_another_preset_beside_resume_is_refused(call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(twm, "train", lambda args: pytest.fail("it was not refused"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps(dataclasses.asdict(twm.PRESETS["smoke"])))
+    assert_refused(call_main("--resume", "run", "--preset", "cpu"), ["--resume run", "--preset smoke, not cpu"])
+
+
+def test_two_runs_of_one_second_do_not_share_a_folder(call_main, monkeypatch, stub_iteration):
+    monkeypatch.setattr(twm.time, "strftime", lambda _: "now")
+    assert call_main(*stub_iteration)[0] == 0
+    assert_refused(call_main(*stub_iteration), ["--runs-dir runs", "File exists"])
 
 
 @pytest.mark.parametrize("below", ["file", "file/deeper"])

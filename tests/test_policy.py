@@ -132,12 +132,12 @@ def test_paper_networks_have_the_papers_sizes():
     paper, key = twm.PRESETS["paper"], jax.random.PRNGKey(0)
     policy = jax.eval_shape(lambda: twm.init_policy(paper, key)).params  # shapes only: nothing is allocated
     assert count(policy) == 54_535_896
-    assert count(policy["ImpalaEncoder_0"]) == 556_742
+    assert count(policy["Encoder_0"]) == 556_742
     assert count(jax.eval_shape(lambda: twm.init_world_model(paper, key)).params) == 1_699_972
 
 
 def test_paper_encoder_ends_at_eight_by_eight():
-    encoder = twm.ImpalaEncoder(twm.PRESETS["paper"].encoder_channels, jnp.float32)
+    encoder = twm.Encoder(False, twm.PRESETS["paper"].encoder_channels, jnp.float32)
     frames = jax.ShapeDtypeStruct((2, 63, 63, 3), jnp.float32)
     outputs, _ = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.PRNGKey(0), x), frames)
     assert outputs.shape == (2, 8 * 8 * 128)
