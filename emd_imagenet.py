@@ -99,7 +99,7 @@ class Args:
     gmm_std: float = 0.12  # deviation of each component of --teacher gmm, which has one component per training image
     unet_channels: tuple[int, ...] = (192, 384, 576, 768)  # of the levels of a UNet made here, fine to coarse
     unet_layers: int = 3  # residual blocks per level
-    unet_attention: int = 3  # coarsest levels that have attention, in heads of 64 channels or of the level's width
+    unet_attention: int = 3  # coarsest levels that have attention, in heads of 64 channels or of the narrowest width
     dropout: float = 0.1  # in teacher and score network, while training them and in the E-step with one mask for both
 
     k: int = 16  # Langevin steps of the E-step (K)
@@ -134,7 +134,7 @@ class Args:
     eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
     eval_batch_size: int = 250  # images generated at once in an evaluation
     eval_every: int = 0  # generator updates between evaluations (0: only after the last)
-    mcmc_steps: int = 0  # with --eval-only: a picture of student samples repaired by this many Langevin steps (0: none)
+    mcmc_steps: int = 0  # a picture of student samples repaired by so many Langevin steps, for --eval-only (0: none)
     log_every: int = 100  # updates that one line of metrics.jsonl is the mean of
     save_every: int = 5000  # updates between checkpoints (the last update always saves)
     media_every: int = 5000  # generator updates between pictures (0: none)
@@ -255,7 +255,11 @@ def check_args(args: Args) -> None:
         return
     one = bool(args.teacher) != args.train_teacher
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
+    check("vp", not (args.vp and args.train_teacher), "is for a --teacher of guided-diffusion: leave one out")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+    for name in ("data_dir", "features"):  # the latter is needed only after the last update
+        path = getattr(args, name)
+        check(name, not path or Path(path).exists(), "does not exist: name a file or folder that does")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
@@ -550,7 +554,7 @@ def denoiser_difference(
 # --- shared block: estimator ---
 @dataclass
 class Chain:
-    """Where the E-step ended: y_K = x + clean + sigma nu."""
+    """Where the E-step ended: y_K = g(z_K) + clean + sigma nu, in (x, z) with x in the place of g(z_K)."""
 
     z0: Tensor
     z: Tensor  # z_K
@@ -1003,12 +1007,12 @@ class Evaluator:
         depends on the chunk alone; processes share the chunks.
         """
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
-        pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.int32, device=acc.device)
+        pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.uint8, device=acc.device)
         for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
             labels = self.labels[index * size :][:size].to(acc.device)
             z = Noise(acc.device, 0, index).normal(len(labels), *args.image_shape)
-            pixels[index * size :][:size] = to_uint8(sampler(z, labels)).int()
-        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+            pixels[index * size :][:size] = to_uint8(sampler(z, labels))
+        pixels = acc.reduce(pixels, "sum").cpu()
         seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
         scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
 
@@ -1145,7 +1149,8 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
         with torch.enable_grad():
             chain = e_step(generator, difference, z[:columns], eps, sigma, Noise(acc.device, 0, 1).normal_like, part)
         x = generator(chain.z)
-        return chain.x + chain.clean + sigma * chain.nu, x, x + residual(chain, x, part)
+        y = x + residual(chain, x, dataclasses.replace(part, cancel="none"))
+        return y, x, x + residual(chain, x, part)
 
     with torch.no_grad():
         run.media(step, "samples", tile(generate(state["average"], z, labels, args.sigma_star), columns))
@@ -1184,6 +1189,7 @@ def train(args: Args, acc: Accelerator) -> None:
         step, saved = args.teacher_steps, {}
     teacher, state = load_everything(args, run, acc, saved)
     offset = args.teacher_steps * args.train_teacher
+    require(args, "total_steps", step - offset <= args.total_steps, f"is less than the {step - offset} updates made")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()

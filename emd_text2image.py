@@ -243,6 +243,8 @@ def check_args(args: Args) -> None:
     for name in ("batch_size", "teacher_batch_size"):
         batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
         check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+    fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
+    check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
     samples, each = args.eval_samples, args.eval_per_prompt
     check("eval_samples", samples % each == 0, f"is no multiple of --eval-per-prompt {each}")
     check("eval_samples", samples == 0 or samples >= 8, "are too few to compare: give 8 or more, or 0")
@@ -254,6 +256,9 @@ def check_args(args: Args) -> None:
     captioned = args.prompts or args.pictures or not args.teacher
     check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+    for name in ("eval_prompts", "reference", "features", "clip"):  # needed only after the last update
+        path = getattr(args, name)
+        check(name, not path or Path(path).exists(), "does not exist: name a file or folder that does")
 
 
 # --- Captions ---
@@ -310,6 +315,7 @@ class Captions:
         """Features of the captions Int[B]."""
         if self.cache is not None:
             return self.cache[indices.cpu()].to(self.device)
+        self.pipe.text_encoder.to(self.device)  # captions that were cached may have sent it away
         return encode(self.pipe, [self.texts[i] for i in indices.tolist()])
 
 
@@ -529,7 +535,8 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
     way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
     with refuse(f"--{flag} {name} cannot be loaded", way_out):
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **optional)
+        how = {"torch_dtype": torch.float32, "use_safetensors": True}  # whatever type was stored
+        pipe = StableDiffusionPipeline.from_pretrained(name, **how, **optional)
         kind, channels = pipe.scheduler.config.prediction_type, pipe.unet.config.in_channels
         if kind not in ("epsilon", "v_prediction") or not isinstance(pipe.unet, UNet):
             raise ValueError(f"it is a {type(pipe.unet).__name__} that predicts {kind}, not epsilon or v_prediction")
@@ -576,7 +583,7 @@ def denoiser_difference(teacher: Denoiser, score: Denoiser, y: Tensor, t: Tensor
 # --- shared block: estimator ---
 @dataclass
 class Chain:
-    """Where the E-step ended: y_K = x + clean + sigma nu."""
+    """Where the E-step ended: y_K = g(z_K) + clean + sigma nu, in (x, z) with x in the place of g(z_K)."""
 
     z0: Tensor
     z: Tensor  # z_K
@@ -1007,7 +1014,7 @@ class Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.net is None:
             return adaptive_avg_pool2d(to_float(images), 4).flatten(1)
-        return self.net(shrink(images), return_features=True)
+        return self.net(images, return_features=True)
 
 
 def shrink(images: Tensor, size: int = 256) -> Tensor:
@@ -1062,7 +1069,8 @@ class Evaluator:
         self.args, self.acc, self.setup, self.captions = args, acc, setup, setup.captions
         if args.eval_prompts:
             self.captions = Captions(args, setup.pipe, read_prompts(args, "eval_prompts"), acc.device)
-        picks = Noise("cpu", 0).integers(len(self.captions.texts), args.eval_samples // args.eval_per_prompt)
+        order = torch.randperm(len(self.captions.texts), generator=Noise("cpu", 0).generator)
+        picks = order[torch.arange(args.eval_samples // args.eval_per_prompt) % len(order)]
         self.picks = picks.repeat_interleave(args.eval_per_prompt)
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
         self.features, self.drawn = Features(args).to(acc.device).eval(), set(self.texts) <= grammar().keys()
@@ -1087,14 +1095,14 @@ class Evaluator:
         processes share the chunks.
         """
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
-        shape = args.eval_samples, 3, args.image_size, args.image_size
-        pixels = torch.zeros(shape, dtype=torch.int32, device=acc.device)
+        side = min(256, args.image_size)  # of shrink()
+        pixels = torch.zeros(args.eval_samples, 3, side, side, dtype=torch.uint8, device=acc.device)
         for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
             part = self.picks[index * size :][:size]
             z = Noise(acc.device, 0, index).normal(len(part), *self.setup.shape)
             made = decode(self.setup.pipe, sampler(z, self.captions(part)))
-            pixels[index * size :][:size] = to_uint8(made).int()
-        pixels = acc.reduce(pixels, "sum").to(torch.uint8).cpu()
+            pixels[index * size :][:size] = shrink(to_uint8(made))
+        pixels = acc.reduce(pixels, "sum").cpu()
         seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
         scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
 
@@ -1131,10 +1139,12 @@ class Evaluator:
 
 # --- Training ---
 def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
-    """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store."""
+    """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store. `foreach`
+    would take memory for another copy of the parameters.
+    """
     if args.beta1:
         return torch.optim.Adam(net.parameters(), betas=(args.beta1, args.beta2))
-    return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8)
+    return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8, foreach=False)
 
 
 def adam_lr(args: Args, lr: float, update: int) -> float:
@@ -1320,6 +1330,7 @@ def train(args: Args, acc: Accelerator) -> None:
     needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
     free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
     require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
+    require(args, "total_steps", step - offset <= args.total_steps, f"is less than the {step - offset} updates made")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
@@ -1337,6 +1348,8 @@ def evaluate(args: Args, acc: Accelerator) -> None:
     """--eval-only: scores, pictures and pipeline of a run's newest checkpoint; with --generate, pictures alone."""
     run = Run(args, writes=acc.is_main_process)
     if args.generate:
+        reason = "has no pipeline/ yet: leave out --generate, which makes it"
+        require(args, "eval_only", (run.folder / "pipeline").exists(), reason)
         pipe = load_pipeline(args, str(run.folder / "pipeline"), "eval_only").to(acc.device)
         generator = torch.Generator("cpu").manual_seed(args.seed)
         how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}

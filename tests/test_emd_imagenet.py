@@ -1045,6 +1045,8 @@ BAD = [
     (["--preset", "smoke", "--data-dir", "x"], "--data-dir x"),
     (["--preset", "smoke", "--distributed"], "--distributed"),
     (["--preset", "cpu", "--data-dir", "/nowhere"], "--data-dir /nowhere"),
+    (["--preset", "smoke", "--features", "/nowhere"], "--features /nowhere does not exist"),
+    (["--preset", "smoke", "--vp"], "--vp True is for a --teacher"),
     (["--resume", "/nowhere"], "--resume /nowhere"),
     (["--eval-only", "/nowhere"], "--eval-only /nowhere"),
     (["--teacher", "/nowhere", "--eval-samples", 0], "--teacher /nowhere"),
