@@ -257,9 +257,6 @@ def check_args(args: Args) -> None:
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
     check("vp", not (args.vp and args.train_teacher), "is for a --teacher of guided-diffusion: leave one out")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
-    for name in ("data_dir", "features"):  # the latter is needed only after the last update
-        path = getattr(args, name)
-        check(name, not path or Path(path).exists(), "does not exist: name a file or folder that does")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
@@ -1176,6 +1173,9 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict[str, Any
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
+    for name in ("data_dir", "features"):  # the latter is needed only after the last update
+        reason = "does not exist: name a file or folder that does"
+        require(args, name, not getattr(args, name) or Path(getattr(args, name)).exists(), reason)
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's

@@ -256,9 +256,6 @@ def check_args(args: Args) -> None:
     captioned = args.prompts or args.pictures or not args.teacher
     check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
-    for name in ("eval_prompts", "reference", "features", "clip"):  # needed only after the last update
-        path = getattr(args, name)
-        check(name, not path or Path(path).exists(), "does not exist: name a file or folder that does")
 
 
 # --- Captions ---
@@ -1316,6 +1313,9 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], sa
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
+    for name in ("eval_prompts", "reference", "features", "clip"):  # needed only after the last update
+        reason = "does not exist: name a file or folder that does"
+        require(args, name, not getattr(args, name) or Path(getattr(args, name)).exists(), reason)
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]  # before anything is downloaded
     run = Run(args, step, acc.is_main_process)

@@ -90,7 +90,7 @@ def test_what_the_flag_parser_refuses(flags, named, call_main, monkeypatch, tmp_
 def test_batches_that_devices_do_not_divide_are_refused(flags, named, call_main, monkeypatch):
     monkeypatch.setattr(twm, "train", lambda args: pytest.fail("it was not refused"))
     monkeypatch.setattr(jax, "device_count", lambda *_: 3)
-    good = {"num-envs": 3, "num-minibatches": 1, "wm-batch-size": 3, "imagination-envs": 3}
+    good = {"num-envs": 3, "num-minibatches": 1, "wm-batch-size": 3, "imagination-envs": 3, "eval-episodes": 3}
     flags = [part for flag, value in (good | flags).items() for part in (f"--{flag}", value)]
     assert_refused(call_main("--preset", "smoke", *flags), ["3 devices", named])
 

@@ -604,7 +604,7 @@ def test_what_the_user_can_put_right_is_one_sentence(flags, message, tmp_path, c
 
 def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teacher_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat")
-    common = ["--prompts", tmp_path / "prompts.txt", "--runs-dir", tmp_path / "runs", *SMOKE, "--no-train-teacher"]
+    common = ["--prompts", tmp_path / "prompts.txt", *SMOKE, "--no-train-teacher"]
     foreign = Path(shutil.copytree(teacher_folder, tmp_path / "foreign"))
     config = json.loads((foreign / "scheduler" / "scheduler_config.json").read_text())
     (foreign / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
@@ -618,7 +618,7 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
         (["--teacher", teacher_folder, "--t-star", 1000], "--t-star 1000 is beyond the teacher's last timestep 999"),
     ]
-    for flags, message in cases:
-        code, error = run_main(capsys, *common, *flags)
+    for i, (flags, message) in enumerate(cases):
+        code, error = run_main(capsys, *common, *flags, "--runs-dir", tmp_path / str(i))
         (line,) = [line for line in error.splitlines() if line.startswith("emd_text2image.py: error: ")]
         assert code == 2 and message in line, error
