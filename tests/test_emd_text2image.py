@@ -426,6 +426,7 @@ def test_logged_keys_are_the_documented_keys(smoke):
     logged = {key for line in metrics_of(smoke) for key in line if key != "step"}
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     sometimes = {"perf/peak_device_memory_gb", "eval/clip_score"} | {f"chain/residual_rms_t{t}" for t in (0, 250, 750)}
+    sometimes |= {f"eval/diversity_in_place{ratio}" for ratio in ("", "_ratio")}  # if a pair is in its place
     assert documented - logged <= sometimes
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
 
