@@ -409,7 +409,8 @@ class Policy(nn.Module):
         def dense(features, scale):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
-        encoder = Encoder(args.encoder == "cells", args.encoder_channels, dtype)
+        name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # initial draws depend on it
+        encoder = Encoder(args.encoder == "cells", args.encoder_channels, dtype, name=name)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
         if args.gru:

@@ -39,7 +39,7 @@ def encode_pixels(args: twm.Args, params: dict, x: Array) -> Array:
         return normalise(x, (1, 2), 1e-6, params[f"GroupNorm_{number + cells}"])
 
     cells = args.encoder == "cells"
-    params = params["Encoder_0"]
+    params = params["CellEncoder_0" if cells else "ImpalaEncoder_0"]
     if cells:
         first = params["Dense_0"]["kernel"].reshape(twm.CELL, twm.CELL, 3, -1)
         x = conv(params["Dense_0"] | {"kernel": first}, normalise(x, (1, 2), 1e-6), twm.CELL, "VALID")

@@ -132,7 +132,7 @@ def test_paper_networks_have_the_papers_sizes():
     paper, key = twm.PRESETS["paper"], jax.random.PRNGKey(0)
     policy = jax.eval_shape(lambda: twm.init_policy(paper, key)).params  # shapes only: nothing is allocated
     assert count(policy) == 54_535_896
-    assert count(policy["Encoder_0"]) == 556_742
+    assert count(policy["ImpalaEncoder_0"]) == 556_742
     assert count(jax.eval_shape(lambda: twm.init_world_model(paper, key)).params) == 1_699_972
 
 
