@@ -134,7 +134,7 @@ class Args:
     eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
     eval_batch_size: int = 250  # images generated at once in an evaluation
     eval_every: int = 0  # generator updates between evaluations (0: only after the last)
-    mcmc_steps: int = 0  # a picture of student samples repaired by so many Langevin steps, for --eval-only (0: none)
+    mcmc_steps: int = 0  # a picture of student samples repaired by so many Langevin steps, with every picture (0: none)
     log_every: int = 100  # updates that one line of metrics.jsonl is the mean of
     save_every: int = 5000  # updates between checkpoints (the last update always saves)
     media_every: int = 5000  # generator updates between pictures (0: none)
@@ -819,6 +819,13 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
+def require_paths(args: Args, *names: str) -> None:
+    """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
+    for name in names:
+        exists = not getattr(args, name) or Path(getattr(args, name)).exists()
+        require(args, name, exists, "does not exist: name a file or folder that does")
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """The state_dict of everything that moves; the last two are kept. Raises UserError."""
     path = folder / "checkpoints" / f"{step:09d}.pt"
@@ -1173,9 +1180,7 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict[str, Any
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    for name in ("data_dir", "features"):  # the latter is needed only after the last update
-        reason = "does not exist: name a file or folder that does"
-        require(args, name, not getattr(args, name) or Path(getattr(args, name)).exists(), reason)
+    require_paths(args, "data_dir", "features")
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's

@@ -840,6 +840,13 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
+def require_paths(args: Args, *names: str) -> None:
+    """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
+    for name in names:
+        exists = not getattr(args, name) or Path(getattr(args, name)).exists()
+        require(args, name, exists, "does not exist: name a file or folder that does")
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """The state_dict of everything that moves; the last two are kept. Raises UserError."""
     path = folder / "checkpoints" / f"{step:09d}.pt"
@@ -1313,9 +1320,7 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], sa
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    for name in ("eval_prompts", "reference", "features", "clip"):  # needed only after the last update
-        reason = "does not exist: name a file or folder that does"
-        require(args, name, not getattr(args, name) or Path(getattr(args, name)).exists(), reason)
+    require_paths(args, "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]  # before anything is downloaded
     run = Run(args, step, acc.is_main_process)
