@@ -705,7 +705,7 @@ class Run:
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
             except wandb.errors.Error as error:
-                raise UserError(f"--track True: {error}; log in, or give --wandb-mode offline.") from error
+                raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
@@ -1194,7 +1194,7 @@ def train(args: Args, acc: Accelerator) -> None:
         step, saved = args.teacher_steps, {}
     teacher, state = load_everything(args, run, acc, saved)
     offset = args.teacher_steps * args.train_teacher
-    require(args, "total_steps", step - offset <= args.total_steps, f"is less than the {step - offset} updates made")
+    require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
         net.unet.compile()

@@ -726,7 +726,7 @@ class Run:
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
             except wandb.errors.Error as error:
-                raise UserError(f"--track True: {error}; log in, or give --wandb-mode offline.") from error
+                raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
@@ -1335,7 +1335,7 @@ def train(args: Args, acc: Accelerator) -> None:
     needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
     free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
     require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
-    require(args, "total_steps", step - offset <= args.total_steps, f"is less than the {step - offset} updates made")
+    require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):

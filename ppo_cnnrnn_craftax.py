@@ -692,7 +692,7 @@ class Run:
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
             except wandb.errors.Error as error:
-                raise UserError(f"--track True: {error}; log in, or give --wandb-mode offline.") from error
+                raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
     def request_stop(self, number: int, frame: Any) -> None:
