@@ -698,16 +698,18 @@ class Run:
     """
 
     def __init__(self, args: Args, step: int = 0, writes: bool = True):
-        new = f"{Path(__file__).stem}__{args.preset}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{new}")
+        new, name = not (args.resume or args.eval_only), f"{Path(__file__).stem}__{args.preset}__s{args.seed}__"
+        self.folder = Path(args.resume or args.eval_only or f"{args.runs_dir}/{name}{time.strftime('%Y%m%d-%H%M%S')}")
+        while new and writes and self.folder.exists():  # of a run that was started in this second
+            time.sleep(0.5)
+            self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
             return
         try:
-            # Two runs started within a second would share a new folder.
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume or args.eval_only))
+            self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
             if not args.eval_only:
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))

@@ -130,10 +130,12 @@ def test_another_preset_beside_resume_is_refused(call_main, monkeypatch, tmp_pat
     assert_refused(call_main("--resume", "run", "--preset", "cpu"), ["--resume run", "--preset smoke, not cpu"])
 
 
-def test_two_runs_of_one_second_do_not_share_a_folder(call_main, monkeypatch, stub_iteration):
-    monkeypatch.setattr(twm.time, "strftime", lambda _: "now")
-    assert call_main(*stub_iteration)[0] == 0
-    assert_refused(call_main(*stub_iteration), ["--runs-dir runs", "File exists"])
+def test_two_runs_of_one_second_do_not_share_a_folder(call_main, monkeypatch, stub_iteration, tmp_path):
+    seconds = iter(("12", "12", "12", "13"))
+    monkeypatch.setattr(twm.time, "strftime", lambda _: next(seconds))
+    for _ in range(2):
+        assert call_main(*stub_iteration)[0] == 0
+    assert sorted(path.name[-2:] for path in (tmp_path / "runs").iterdir()) == ["12", "13"]
 
 
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
