@@ -118,7 +118,7 @@ class Args:
 PRESETS = {
     "paper": Args(),
     "cpu": Args(
-        preset="cpu", num_steps=48, encoder="cells", encoder_channels=(48, 32), tower_size=512,
+        preset="cpu", num_steps=48, encoder="cells", encoder_channels=(192, 32), tower_size=512,
         anneal_learning_rate=True, gamma=0.95, gae_lambda=0.65, update_epochs=3, save_every=40, media_every=100,
     ),
     "smoke": Args(

@@ -144,7 +144,7 @@ class Args:
 PRESETS = {
     "paper": Args(),
     "cpu": Args(
-        preset="cpu", total_steps=100_000, num_steps=48, encoder="cells", encoder_channels=(48, 32), tower_size=512,
+        preset="cpu", total_steps=100_000, num_steps=48, encoder="cells", encoder_channels=(192, 32), tower_size=512,
         anneal_learning_rate=True, gamma=0.95, gae_lambda=0.65, update_epochs=3, codebook_size=1024, context=6,
         wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150, warmup_steps=40_000, imagination_updates=5,
         imagination_envs=144, imagination_steps=6, save_every=10, media_every=10,
