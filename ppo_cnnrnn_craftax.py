@@ -110,8 +110,8 @@ class Args:
     # --- end shared block: derived settings ---
 
     @property
-    def policy_updates(self) -> int:  # gradient steps over the whole run
-        return self.num_iterations * self.update_epochs * self.num_minibatches
+    def annealing(self) -> dict[int, float]:  # gradient steps from the start -> share of the step size then left
+        return {self.num_iterations * self.update_epochs * self.num_minibatches: 1.0 - self.anneal_learning_rate}
 
 
 # fmt: off
@@ -453,8 +453,7 @@ def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTra
 
 
 def policy_adam(args: Args) -> optax.GradientTransformation:
-    last = 0.0 if args.anneal_learning_rate else args.learning_rate  # a schedule in any case: --resume may change it
-    return adam(args, optax.linear_schedule(args.learning_rate, last, args.policy_updates))
+    return adam(args, optax.piecewise_interpolate_schedule("linear", args.learning_rate, args.annealing))
 
 
 @functools.partial(jax.jit, static_argnums=0)

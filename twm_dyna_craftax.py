@@ -135,9 +135,13 @@ class Args:
         return max(0, self.num_iterations - max(0, warmup))
 
     @property
-    def policy_updates(self) -> int:  # gradient steps over the whole run, real and imagined
-        real = self.num_iterations * self.update_epochs * self.num_minibatches
-        return real + self.imagining_iterations * self.imagination_updates
+    def annealing(self) -> dict[int, float]:
+        """Gradient steps of the policy from the start -> share of the step size then left: linear in environment steps,
+        of which iterations that imagine take more gradient steps.
+        """
+        real, imagining = self.update_epochs * self.num_minibatches, self.imagining_iterations
+        warmup, total = self.num_iterations - imagining, self.num_iterations * real + imagining * self.imagination_updates
+        return {warmup * real: imagining / self.num_iterations, total: 0.0} if self.anneal_learning_rate else {total: 1.0}
 
 
 # fmt: off
@@ -496,8 +500,7 @@ def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTra
 
 
 def policy_adam(args: Args) -> optax.GradientTransformation:
-    last = 0.0 if args.anneal_learning_rate else args.learning_rate  # a schedule in any case: --resume may change it
-    return adam(args, optax.linear_schedule(args.learning_rate, last, args.policy_updates))
+    return adam(args, optax.piecewise_interpolate_schedule("linear", args.learning_rate, args.annealing))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -237,18 +237,25 @@ def test_minibatches_are_whole_environments_in_order(rollouts):
 
 
 @pytest.mark.parametrize("anneal", [False, True])
-def test_the_learning_rate_stays_or_falls_linearly_to_zero(anneal, tiny):
+@pytest.mark.parametrize("imagined", [0, 1, 7])
+@pytest.mark.parametrize("warmup", [0, 96, 24_000])
+def test_the_learning_rate_falls_by_environment_steps_however_many_updates_are_imagined(anneal, imagined, warmup, tiny):
     """A constant gradient makes each of Adam's steps as long as the learning rate, whatever its size."""
-    args = tiny(learning_rate=0.5, anneal_learning_rate=anneal, max_grad_norm=1e9)
-    adam, params, total = twm.policy_adam(args), jnp.zeros(()), args.policy_updates
-    state, steps = adam.init(params), []
-    for _ in range(total + 1):
-        step, state = adam.update(jnp.float32(3.0), state)
-        steps.append(-float(step))
-    left = 1 - np.arange(total + 1) / total if anneal else np.ones(total + 1)
-    np.testing.assert_allclose(steps, 0.5 * left, rtol=1e-4, atol=1e-6)
+    flags = {"total_steps": 10 * 24, "imagination_updates": imagined, "warmup_steps": warmup}
+    args = tiny(learning_rate=0.5, anneal_learning_rate=anneal, max_grad_norm=1e9, **flags)
+    adam, params = twm.policy_adam(args), jnp.zeros(())
+    state, left = adam.init(params), []
+    for iteration in range(1, 11):
+        left.append(-float(adam.update(jnp.float32(3.0), state)[0]) / 0.5)  # at the start of the iteration
+        updates = args.update_epochs * args.num_minibatches + imagined * (iteration * 24 >= warmup)
+        for _ in range(updates):
+            step, state = adam.update(jnp.float32(3.0), state)
+        assert 0 < -step <= 0.5 + 1e-6
+    after = -float(adam.update(jnp.float32(3.0), state)[0])
+    expected = 1 - np.arange(11) / 10 if anneal else np.ones(11)
+    np.testing.assert_allclose([*left, after / 0.5], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_policy_takes_as_many_updates_as_the_schedule_expects(smoke_run, tiny):
     counts = [leaf for leaf in jax.tree.leaves(state_of(smoke_run.folder).policy.opt_state) if leaf.dtype == jnp.int32]
-    assert counts and all(count == tiny().policy_updates for count in counts)
+    assert counts and all(count == max(tiny().annealing) for count in counts)
