@@ -10,7 +10,7 @@
 Papers: [EMD] arXiv:2405.16852, [EDM] arXiv:2206.00364, [DI] Diff-Instruct arXiv:2305.18455,
 [PR] precision and recall arXiv:1904.06991. Details, deviations, results: docs/emd_imagenet.md
 
-    python emd_imagenet.py --teacher FOLDER --data-dir IMAGENET --features INCEPTION.pt   # the paper's ImageNet-64
+    python emd_imagenet.py --teacher FOLDER --data-dir IMAGENET/train --features INCEPTION.pt   # ImageNet-64
     python emd_imagenet.py --preset cpu                     # Fashion-MNIST: trains a teacher, then distils it
     python emd_imagenet.py --preset smoke                   # a minute: learns nothing, touches everything
     python emd_imagenet.py --resume runs/RUN_FOLDER         # goes on where that run stopped
@@ -124,7 +124,7 @@ class Args:
     ema: float = 0.9999  # decay per update of the averaged generator and of the averaged teacher
     ema_ramp: float = 0.05  # the average's half-life is at most this share of the updates so far (0: no ramp)
     batch_size: int = 128  # images per update, all processes and micro-batches together
-    micro_batch_size: int = 128  # images of one chain; gradients of the micro-batches are accumulated
+    micro_batch_size: int = 16  # images of one chain; gradients of the micro-batches are accumulated
     compile: bool = False  # torch.compile the UNets
     channels_last: bool = False  # memory format of the UNets (faster convolutions on many devices)
 
@@ -161,7 +161,7 @@ PRESETS = {
     "paper": Args(),
     "imagenet128": Args(
         preset="imagenet128", total_steps=200_000, image_size=128, unet_channels=(256, 256, 512, 768, 1024),
-        unet_layers=2, batch_size=1024, micro_batch_size=64,
+        unet_layers=2, batch_size=1024,
     ),
     "cpu": Args(
         preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
@@ -208,7 +208,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
                     raise ValueError(f"{name} is {value!r}")
             if known.preset not in ("", saved.get("preset")):
                 raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
-            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+            own = {"resume": "", "eval_only": "", "dry_run": False, "distributed": False}
+            default = Args(**saved | own | ({"track": False} if known.eval_only else {}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
             flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
@@ -245,8 +246,10 @@ def check_args(args: Args) -> None:
     fits = all(width % 64 == 0 or width in (16, 32, 48) for width in args.unet_channels)
     check("unet_channels", fits, "do not split into attention heads: give 16, 32, 48 or multiples of 64")
     for name in ("batch_size", "teacher_batch_size"):
-        batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
-        check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+        batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
+        micro = min(batch, args.micro_batch_size)
+        reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
+        check(name, batch % (micro * processes) == 0, reason)
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
     least = args.num_classes * (4 if args.num_classes <= 10 else 2)
@@ -257,6 +260,9 @@ def check_args(args: Args) -> None:
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
     check("vp", not (args.vp and args.train_teacher), "is for a --teacher of guided-diffusion: leave one out")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+    before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
+    same = before.get("teacher_steps", args.teacher_steps) == args.teacher_steps
+    check("teacher_steps", same, "cannot change in a run, which counts its steps from there: leave it out")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
@@ -314,7 +320,7 @@ def index_shard(path: Path) -> Iterator[tuple[tuple[Path, int, int], int]]:
 
 
 def load_imagenet(args: Args) -> Images:
-    """Class folders or webdataset shards below --data-dir. Raises UserError."""
+    """Class folders or webdataset shards in --data-dir itself, never below train/ and val/. Raises UserError."""
     check, way_out = functools.partial(require, args, "data_dir"), "name ImageNet's train folder"
     root, found = Path(args.data_dir), []
     shards, classes = sorted(root.glob("*.tar")), sorted(path for path in root.glob("*") if path.is_dir())
@@ -322,7 +328,7 @@ def load_imagenet(args: Args) -> Images:
         with refuse(f"--data-dir {root}: {shard.name} is no readable shard", way_out):
             found += index_shard(shard)
     for label, folder in () if shards else enumerate(classes):
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_KINDS)
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_KINDS)
         found += [((path, 0, -1), label) for path in files]
     check(bool(found), f"holds neither class folders of images nor .tar shards of them: {way_out}")
     parts, labels = zip(*found, strict=True)
@@ -407,22 +413,13 @@ def make_unet(args: Args) -> UNet2DModel:
     levels, groups = len(args.unet_channels), math.gcd(32, *[width // 2 for width in args.unet_channels])
     attends = [level >= levels - args.unet_attention for level in range(levels)]
     torch.manual_seed(args.seed)
-    unet = UNet2DModel(
-        sample_size=args.image_size,
-        in_channels=args.image_shape[0],
-        out_channels=args.image_shape[0] * (2 if args.vp else 1),
-        block_out_channels=args.unet_channels,
-        layers_per_block=args.unet_layers,
-        down_block_types=["AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends],
-        up_block_types=["AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in attends[::-1]],
-        attention_head_dim=min(64, *args.unet_channels),
-        num_class_embeds=args.num_classes,
-        norm_num_groups=groups,
-        attn_norm_num_groups=groups,
-        resnet_time_scale_shift="scale_shift",
-        downsample_type="resnet",
-        upsample_type="resnet",
-    )
+    how = {"in_channels": args.image_shape[0], "out_channels": args.image_shape[0] * (2 if args.vp else 1)}
+    how |= {"block_out_channels": args.unet_channels, "layers_per_block": args.unet_layers}
+    how |= {"down_block_types": ["AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends]}
+    how |= {"up_block_types": ["AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in attends[::-1]]}
+    how |= {"attention_head_dim": min(64, *args.unet_channels), "num_class_embeds": args.num_classes}
+    how |= {"norm_num_groups": groups, "attn_norm_num_groups": groups, "resnet_time_scale_shift": "scale_shift"}
+    unet = UNet2DModel(args.image_size, **how, downsample_type="resnet", upsample_type="resnet")
     for part in unet.modules():
         if args.vp and hasattr(part, "heads"):
             part.heads = 4  # at every width
@@ -578,10 +575,8 @@ def e_step(
     difference: (y, s) -> Delta. States have the type of z, at least fp32. sigma broadcasts against eps.
     """
     assert z.dtype in (torch.float32, torch.float64) and eps.dtype == z.dtype
-    in_x, gamma = args.corrector.startswith("x"), args.gamma_eps
-    scale, scale_z = (
-        math.sqrt(2 * g if args.langevin == "euler" else g * (2 - g)) for g in (args.gamma_eps, args.gamma_z)
-    )
+    in_x, gamma, euler = args.corrector.startswith("x"), args.gamma_eps, args.langevin == "euler"
+    scale, scale_z = (math.sqrt(2 * g if euler else g * (2 - g)) for g in (gamma, args.gamma_z))
     z0, nu, clean, clipped = z, eps, torch.zeros_like(eps), torch.zeros_like(z.flatten(1)[:, 0])
     x = first = None
     for step in range(args.k):
@@ -690,12 +685,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
-            if not args.eval_only:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
-                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-                self.lines.write_text("".join(whole))
+            self.lines.touch()
+            self.begin = functools.partial(self.write_settings, args, step)
+            if new:
+                self.begin()
         except OSError as error:
             way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
@@ -706,9 +699,19 @@ class Run:
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+                wandb.define_metric("*", step_metric="step")  # W&B's own counter would drop what a resumed run repeats
             except wandb.errors.Error as error:
                 raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
+
+    def write_settings(self, args: Args, step: int) -> None:
+        """Of a new run at once, of a resumed one with its first line: a refused --resume changes nothing."""
+        self.begin = None
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self.lines.write_text("".join(whole))
 
     def request_stop(self, number: int, frame: Any) -> None:
         os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
@@ -722,10 +725,12 @@ class Run:
                 way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
+            if self.begin:
+                self.begin()
             with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
         """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
@@ -735,7 +740,7 @@ class Run:
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
                 kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
-                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+                self.wandb.log({"step": step, f"media/{name}": kind(str(path))})
 
 
 # --- end shared block: run folder ---
@@ -764,9 +769,7 @@ def generator_lr(args: Args, step: int) -> float:
 
 def ema_decay(step: int, args: Args) -> float:
     """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
-    if not args.ema or not args.ema_ramp:
-        return args.ema
-    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
+    return min(args.ema, 0.5 ** (1 / (args.ema_ramp * step))) if args.ema_ramp else args.ema
 
 
 @torch.no_grad()
@@ -811,9 +814,7 @@ class Means:
 
 @contextlib.contextmanager
 def refuse(what: str, way_out: str) -> Iterator[None]:
-    """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
-    UserError.
-    """
+    """Around the use of a file that may be missing, damaged or foreign: whatever it raises becomes a UserError."""
     try:
         yield
     except Exception as error:
@@ -846,7 +847,7 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+            return int(path.stem), torch.load(path, "cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged file raises one of many types
             print(f"warning: {path} cannot be read ({type(error).__name__}); trying the one before", file=sys.stderr)
     if paths:
@@ -855,11 +856,16 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 
 
 def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fill networks and optimisers. Raises UserError."""
+    """Fill networks and optimisers; of the latter the state, since flags may set other betas. Raises UserError."""
     what = f"--resume or --eval-only {folder}: its checkpoint does not fit these settings"
-    with refuse(what, "leave out flags that change a size"):
+    with refuse(what, "leave out flags that change a size or the kind of optimiser"):
         for name, part in state.items():
-            part.load_state_dict(saved[name])
+            stored, fresh = saved[name], part.state_dict()
+            if isinstance(part, torch.optim.Optimizer):
+                if stored["param_groups"][0].keys() != fresh["param_groups"][0].keys():
+                    raise ValueError("its optimiser is of another kind")
+                stored = stored | {"param_groups": fresh["param_groups"]}
+            part.load_state_dict(stored)
 
 
 def accumulate(
@@ -867,12 +873,9 @@ def accumulate(
 ) -> None:
     """One update on loss_of(noise, count), the mean over a micro-batch of `count` of the update's `total` images. The
     networks stay outside of any wrapper, so that the E-step's gradients of z start no communication: those of the
-    parameters are summed over processes here. Raises UserError.
+    parameters are summed over processes here.
     """
     acc, size, parameters = means.acc, min(args.micro_batch_size, total), optimizer.param_groups[0]["params"]
-    reason = f"makes {total // size} that {acc.num_processes} processes cannot share evenly: try "
-    shared = total // size % acc.num_processes == 0
-    require(args, "micro_batch_size", shared, f"{reason}{max(1, total // acc.num_processes)}")
     for slot in range(acc.process_index, total // size, acc.num_processes):
         loss = loss_of(Noise(acc.device, args.seed, *key, slot), size)
         (loss * size / total).backward()
@@ -1078,18 +1081,6 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     return done == args.teacher_steps
 
 
-def players(args: Args, teacher: Denoiser, generator: Denoiser, score: Denoiser, labels: Tensor, noise: Noise | None):
-    """generator: z -> x and difference: (y, s) -> Delta of these labels, for e_step and m_step_loss. With `noise`,
-    dropout in both denoisers, every evaluation with a mask of its own.
-    """
-
-    def difference(y: Tensor, sigma: Tensor) -> Tensor:
-        mask_seed = None if noise is None else int(noise.integers(2**31, 1))
-        return denoiser_difference(teacher, score, y, sigma, labels, mask_seed)
-
-    return lambda z: generate(generator, z, labels, args.sigma_star), difference
-
-
 def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     """What training changes: generator, score (the student score network), average (of the generator); optimisers."""
     state: dict[str, Any] = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
@@ -1116,7 +1107,11 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
         sigma, eps = draw_sigma(args, noise, count).clamp(min=args.sigma_min), noise.normal_like(z)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
-        g, difference = players(args, teacher, generator, score, labels, noise)
+        g = functools.partial(generate, generator, labels=labels, sigma_star=args.sigma_star)
+
+        def difference(y: Tensor, sigma: Tensor) -> Tensor:  # every evaluation with a dropout mask of its own
+            return denoiser_difference(teacher, score, y, sigma, labels, int(noise.integers(2**31, 1)))
+
         chain = e_step(g, difference, z, eps, sigma, noise.normal_like, args)
         # 3. M-step.
         generator.requires_grad_(True)
@@ -1146,7 +1141,8 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
     labels = torch.arange(8 * columns, device=acc.device) % columns * (args.num_classes // columns)
     z, few = noise.normal(8 * columns, *args.image_shape), labels[:columns]
     sigma, eps = torch.full_like(z[:columns, :1, :1, :1], 0.5), noise.normal_like(z[:columns])
-    generator, difference = players(args, teacher, state["average"], state["score"], few, None)
+    generator = functools.partial(generate, state["average"], labels=few, sigma_star=args.sigma_star)
+    difference = functools.partial(denoiser_difference, teacher, state["score"], labels=few, mask_seed=None)
 
     @torch.no_grad()
     def after(k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1248,6 +1244,7 @@ def main() -> None:
         if args.dry_run:
             return dry_run(args)
         torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
+        torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
         (evaluate if args.eval_only else train)(args, Accelerator())
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:

@@ -204,7 +204,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
                     raise ValueError(f"{name} is {value!r}")
             if known.preset not in ("", saved.get("preset")):
                 raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
-            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+            own = {"resume": "", "eval_only": "", "dry_run": False, "distributed": False}
+            default = Args(**saved | own | ({"track": False} if known.eval_only else {}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
             flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
@@ -226,6 +227,7 @@ def check_args(args: Args) -> None:
     may_be_0 = {"seed", "total_steps", "vae_steps", "t_min", "t_star", "eval_samples", "eval_every", "media_every"}
     low = dict.fromkeys(may_be_0, 0) | dict.fromkeys(("gamma_eps", "z_clip", "guidance"), 1e-6)
     high = dict.fromkeys(("gamma_eps", "gamma_z", "beta1", "beta2", "ema"), 1) | {"seed": 2**32}
+    high |= dict.fromkeys(("t_max", "t_star"), 1000)
     for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float):
@@ -241,8 +243,10 @@ def check_args(args: Args) -> None:
     check("image_size", fits, f"cannot be drawn and halved by each level: give multiples of {math.lcm(32, cells)}")
     check("text_width", args.text_width % 32 == 0, "does not split into heads of 32: give a multiple")
     for name in ("batch_size", "teacher_batch_size"):
-        batch, micro = getattr(args, name), min(getattr(args, name), args.micro_batch_size)
-        check(name, batch % micro == 0, f"is no multiple of --micro-batch-size {micro}: try {batch // micro * micro}")
+        batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
+        micro = min(batch, args.micro_batch_size)
+        reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
+        check(name, batch % (micro * processes) == 0, reason)
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
     samples, each = args.eval_samples, args.eval_per_prompt
@@ -256,6 +260,10 @@ def check_args(args: Args) -> None:
     captioned = args.prompts or args.pictures or not args.teacher
     check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
+    before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
+    for name in ("vae_steps", "teacher_steps"):
+        same = before.get(name, getattr(args, name)) == getattr(args, name)
+        check(name, same, "cannot change in a run, which counts its steps from there: leave it out")
 
 
 # --- Captions ---
@@ -467,17 +475,12 @@ class Denoiser(nn.Module):
 
 def make_unet(args: Args) -> UNet:
     """An untrained UNet of Stable Diffusion 1's layout, which the default sizes are."""
-    levels = len(args.unet_channels)
-    return UNet(
-        sample_size=args.image_size // 2 ** (len(args.vae_channels) - 1),
-        block_out_channels=args.unet_channels,
-        layers_per_block=args.unet_layers,
-        down_block_types=["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
-        cross_attention_dim=args.text_width,
-        attention_head_dim=min(8, args.unet_channels[0] // 16),  # diffusers' name for the number of heads
-        norm_num_groups=math.gcd(32, *args.unet_channels),
-    )
+    attends, side = len(args.unet_channels) - 1, args.image_size // 2 ** (len(args.vae_channels) - 1)
+    how = {"down_block_types": ["CrossAttnDownBlock2D"] * attends + ["DownBlock2D"]}
+    how |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attends, "layers_per_block": args.unet_layers}
+    how |= {"block_out_channels": args.unet_channels, "norm_num_groups": math.gcd(32, *args.unet_channels)}
+    how |= {"attention_head_dim": min(8, args.unet_channels[0] // 16)}  # diffusers' name for the number of heads
+    return UNet(side, **how, cross_attention_dim=args.text_width)
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -502,26 +505,16 @@ def make_pipeline(args: Args, captions: list[str]) -> StableDiffusionPipeline:
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(captions)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.text_width,
-        intermediate_size=4 * args.text_width,
-        num_hidden_layers=args.text_layers,
-        num_attention_heads=args.text_width // 32,
-        max_position_embeddings=tokenizer.model_max_length,
-        **ids,
-    )
-    levels = len(args.vae_channels)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=args.vae_channels,
-        norm_num_groups=math.gcd(32, *[width // 4 for width in args.vae_channels]),  # no group of one channel
-        sample_size=args.image_size,
-    )
+    ids |= {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    size = {"hidden_size": args.text_width, "intermediate_size": 4 * args.text_width}
+    size |= {"num_attention_heads": args.text_width // 32, "num_hidden_layers": args.text_layers}
+    blocks = [[kind] * len(args.vae_channels) for kind in ("DownEncoderBlock2D", "UpDecoderBlock2D")]
+    groups = math.gcd(32, *[width // 4 for width in args.vae_channels])  # no group of one channel
+    vae = AutoencoderKL(3, 3, *blocks, args.vae_channels, norm_num_groups=groups, sample_size=args.image_size)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     more = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": args.prediction}
-    parts = vae, CLIPTextModel(text_config).eval(), tokenizer, make_unet(args).eval(), DDIMScheduler(**betas, **more)
+    text_encoder, unet = CLIPTextModel(CLIPTextConfig(**ids, **size)).eval(), make_unet(args).eval()
+    parts = vae, text_encoder, tokenizer, unet, DDIMScheduler(**betas, **more)
     return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # nothing to check pictures with
 
 
@@ -545,6 +538,7 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
     for time_flag in ("t_max", "t_star") if flag == "teacher" else ():
         require(args, time_flag, getattr(args, time_flag) <= last, f"is beyond the teacher's last timestep {last}")
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()  # a picture at a time: a batch of 512-pixel ones would take more than the updates
     return pipe
 
 
@@ -556,12 +550,8 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
 
 def one_step_scheduler(scheduler: Any, t_star: int) -> EulerDiscreteScheduler:
     """The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*)."""
-    return EulerDiscreteScheduler(
-        num_train_timesteps=t_star + 1,
-        trained_betas=scheduler.betas[: t_star + 1].tolist(),
-        prediction_type=scheduler.config.prediction_type,
-        timestep_spacing="trailing",
-    )
+    how = {"prediction_type": scheduler.config.prediction_type, "timestep_spacing": "trailing"}
+    return EulerDiscreteScheduler(t_star + 1, trained_betas=scheduler.betas[: t_star + 1].tolist(), **how)
 
 
 # --- Algorithm: pure functions of callables, so that analytic objects and networks run through the same lines ---
@@ -607,10 +597,8 @@ def e_step(
     difference: (y, s) -> Delta. States have the type of z, at least fp32. sigma broadcasts against eps.
     """
     assert z.dtype in (torch.float32, torch.float64) and eps.dtype == z.dtype
-    in_x, gamma = args.corrector.startswith("x"), args.gamma_eps
-    scale, scale_z = (
-        math.sqrt(2 * g if args.langevin == "euler" else g * (2 - g)) for g in (args.gamma_eps, args.gamma_z)
-    )
+    in_x, gamma, euler = args.corrector.startswith("x"), args.gamma_eps, args.langevin == "euler"
+    scale, scale_z = (math.sqrt(2 * g if euler else g * (2 - g)) for g in (gamma, args.gamma_z))
     z0, nu, clean, clipped = z, eps, torch.zeros_like(eps), torch.zeros_like(z.flatten(1)[:, 0])
     x = first = None
     for step in range(args.k):
@@ -711,12 +699,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
-            if not args.eval_only:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
-                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-                self.lines.write_text("".join(whole))
+            self.lines.touch()
+            self.begin = functools.partial(self.write_settings, args, step)
+            if new:
+                self.begin()
         except OSError as error:
             way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
@@ -727,9 +713,19 @@ class Run:
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+                wandb.define_metric("*", step_metric="step")  # W&B's own counter would drop what a resumed run repeats
             except wandb.errors.Error as error:
                 raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
+
+    def write_settings(self, args: Args, step: int) -> None:
+        """Of a new run at once, of a resumed one with its first line: a refused --resume changes nothing."""
+        self.begin = None
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self.lines.write_text("".join(whole))
 
     def request_stop(self, number: int, frame: Any) -> None:
         os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
@@ -743,10 +739,12 @@ class Run:
                 way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
+            if self.begin:
+                self.begin()
             with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
         """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
@@ -756,7 +754,7 @@ class Run:
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
                 kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
-                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+                self.wandb.log({"step": step, f"media/{name}": kind(str(path))})
 
 
 # --- end shared block: run folder ---
@@ -785,9 +783,7 @@ def generator_lr(args: Args, step: int) -> float:
 
 def ema_decay(step: int, args: Args) -> float:
     """Decay of update `step`, counted from 1: at first the half-life is a share of the updates made."""
-    if not args.ema or not args.ema_ramp:
-        return args.ema
-    return 0.5 ** (1 / min(math.log(0.5) / math.log(args.ema), args.ema_ramp * step))
+    return min(args.ema, 0.5 ** (1 / (args.ema_ramp * step))) if args.ema_ramp else args.ema
 
 
 @torch.no_grad()
@@ -832,9 +828,7 @@ class Means:
 
 @contextlib.contextmanager
 def refuse(what: str, way_out: str) -> Iterator[None]:
-    """Around the use of a file that may be missing, damaged or foreign, which raises one of many types: makes it a
-    UserError.
-    """
+    """Around the use of a file that may be missing, damaged or foreign: whatever it raises becomes a UserError."""
     try:
         yield
     except Exception as error:
@@ -867,7 +861,7 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            return int(path.stem), torch.load(path, "cpu", weights_only=True)
+            return int(path.stem), torch.load(path, "cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged file raises one of many types
             print(f"warning: {path} cannot be read ({type(error).__name__}); trying the one before", file=sys.stderr)
     if paths:
@@ -876,11 +870,16 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 
 
 def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Fill networks and optimisers. Raises UserError."""
+    """Fill networks and optimisers; of the latter the state, since flags may set other betas. Raises UserError."""
     what = f"--resume or --eval-only {folder}: its checkpoint does not fit these settings"
-    with refuse(what, "leave out flags that change a size"):
+    with refuse(what, "leave out flags that change a size or the kind of optimiser"):
         for name, part in state.items():
-            part.load_state_dict(saved[name])
+            stored, fresh = saved[name], part.state_dict()
+            if isinstance(part, torch.optim.Optimizer):
+                if stored["param_groups"][0].keys() != fresh["param_groups"][0].keys():
+                    raise ValueError("its optimiser is of another kind")
+                stored = stored | {"param_groups": fresh["param_groups"]}
+            part.load_state_dict(stored)
 
 
 def accumulate(
@@ -888,12 +887,9 @@ def accumulate(
 ) -> None:
     """One update on loss_of(noise, count), the mean over a micro-batch of `count` of the update's `total` images. The
     networks stay outside of any wrapper, so that the E-step's gradients of z start no communication: those of the
-    parameters are summed over processes here. Raises UserError.
+    parameters are summed over processes here.
     """
     acc, size, parameters = means.acc, min(args.micro_batch_size, total), optimizer.param_groups[0]["params"]
-    reason = f"makes {total // size} that {acc.num_processes} processes cannot share evenly: try "
-    shared = total // size % acc.num_processes == 0
-    require(args, "micro_batch_size", shared, f"{reason}{max(1, total // acc.num_processes)}")
     for slot in range(acc.process_index, total // size, acc.num_processes):
         loss = loss_of(Noise(acc.device, args.seed, *key, slot), size)
         (loss * size / total).backward()
@@ -999,6 +995,7 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
     facts = {"settings": settings}  # without texts, which may be paths of this machine
     facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
     texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained by this script"
+    teacher = Path(teacher).name if Path(teacher).exists() else teacher
     values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
     (aside / "README.md").write_text(CARD.format(facts=json.dumps(facts, indent=2), **values))
     shutil.rmtree(folder, ignore_errors=True)
@@ -1006,21 +1003,13 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
 
 
 # --- Evaluation ---
-class Features(nn.Module):
-    """UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or the mean colours of 4x4 regions."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.name, self.net = "mean colours of 4x4 regions", None
-        if args.features:
-            way_out = "name inception-2015-12-05.pt, or leave it out"
-            with refuse(f"--features {args.features} cannot be loaded", way_out):
-                self.net, self.name = torch.jit.load(args.features, "cpu"), Path(args.features).name
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.net is None:
-            return adaptive_avg_pool2d(to_float(images), 4).flatten(1)
-        return self.net(images, return_features=True)
+def load_features(args: Args, device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """A name, and UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or mean colours of 4x4 regions."""
+    if not args.features:
+        return "mean colours of 4x4 regions", lambda images: adaptive_avg_pool2d(to_float(images), 4).flatten(1)
+    with refuse(f"--features {args.features} cannot be loaded", "name inception-2015-12-05.pt, or leave it out"):
+        net = torch.jit.load(args.features, device).eval()
+    return Path(args.features).name, functools.partial(net, return_features=True)
 
 
 def shrink(images: Tensor, size: int = 256) -> Tensor:
@@ -1043,17 +1032,17 @@ def load_reference(args: Args) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def clip_score(folder: str, pixels: Tensor, texts: list[str]) -> float:
+def clip_score(folder: str, pixels: Tensor, texts: list[str], device: torch.device) -> float:
     """Mean cosine of picture and caption in the CLIPModel of a folder. Raises UserError."""
     with refuse(f"--clip {folder} cannot be loaded", "name a CLIPModel folder"):
-        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-    mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]]).view(2, 1, 3, 1, 1)
+    mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]], device=device).view(2, 1, 3, 1, 1)
     size, most, total = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings, 0.0
     for i in range(0, len(texts), 32):
-        images = interpolate(pixels[i : i + 32] / 255, (size, size), mode="bicubic", antialias=True)
+        images = interpolate(pixels[i : i + 32].to(device) / 255, (size, size), mode="bicubic", antialias=True)
         words = tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=most, return_tensors="pt")
-        found = model(pixel_values=(images - mean) / std, **words)
+        found = model(pixel_values=(images - mean) / std, **words.to(device))
         total += float((found.image_embeds * found.text_embeds).sum())
     return total / len(texts)
 
@@ -1079,7 +1068,7 @@ class Evaluator:
         picks = order[torch.arange(args.eval_samples // args.eval_per_prompt) % len(order)]
         self.picks = picks.repeat_interleave(args.eval_per_prompt)
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
-        self.features, self.drawn = Features(args).to(acc.device).eval(), set(self.texts) <= grammar().keys()
+        self.drawn, (self.ruler, self.features) = set(self.texts) <= grammar().keys(), load_features(args, acc.device)
         captioned, picture = load_pictures(args)
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
@@ -1125,7 +1114,7 @@ class Evaluator:
             in_place = torch.tensor(right[:, ATTRIBUTES.index("position")])  # a misplaced group is not a mode
             scores |= diversity("diversity_in_place", features, each, in_place)
         if args.clip:
-            scores["clip_score"] = clip_score(args.clip, pixels, self.texts)
+            scores["clip_score"] = clip_score(args.clip, pixels, self.texts, acc.device)
         return scores, features
 
     def __call__(self, average: Denoiser, run: Run, step: int) -> dict[str, float]:
@@ -1135,7 +1124,7 @@ class Evaluator:
             if name in student and name in self.teacher_scores:
                 student[f"{name}_ratio"] = student[name] / max(self.teacher_scores[name], 1e-12)
         result = {"step": step, "samples": len(self.texts), "captions": len(set(self.texts))}
-        result |= {"features": self.features.name, "guidance": self.args.guidance}
+        result |= {"features": self.ruler, "guidance": self.args.guidance}
         text = json.dumps(result | {"student": student, "teacher": self.teacher_scores}, indent=2)
         if run.writes:
             (run.folder / "eval.json").write_text(text)
@@ -1419,6 +1408,7 @@ def dry_run(args: Args) -> None:
     guided = args.guidance != 1
     chain = (4 if args.moves_z else 2) * args.k + 3 + guided * args.k  # see docs: a backward pass counts as two
     forwards = chain + 4 * args.score_updates + 3 * (args.cancel == "exact")
+    forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1)  # one more in each backward pass
     total = forwards * args.batch_size * args.total_steps * flops
     total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
     print(json.dumps(dataclasses.asdict(args), indent=2))
@@ -1439,6 +1429,7 @@ def main() -> None:
         if args.dry_run:
             return dry_run(args)
         torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
+        torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
         (evaluate if args.eval_only else train)(args, Accelerator())
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:

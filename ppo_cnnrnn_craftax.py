@@ -157,7 +157,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
                     raise ValueError(f"{name} is {value!r}")
             if known.preset not in ("", saved.get("preset")):
                 raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
-            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+            own = {"resume": "", "eval_only": "", "dry_run": False, "distributed": False}
+            default = Args(**saved | own | ({"track": False} if known.eval_only else {}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
             flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
@@ -240,7 +241,7 @@ def craftax_classic():
 
 def render(state: Any) -> Array:
     """UInt8[B, 63, 63, 3]. DEVIATION(uint8): frames are rounded to 1/255 at once, so that policy, tokenizer and replay
-    see the same ones; exact by day, at night within 1/510 of the renderer's floats.
+    see the same ones, within 1/510 of the renderer's floats, which daylight tints at all hours.
     """
     return jnp.round(jax.vmap(craftax_classic().get_obs)(state) * 255).astype(jnp.uint8)
 
@@ -676,12 +677,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
-            if not args.eval_only:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
-                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-                self.lines.write_text("".join(whole))
+            self.lines.touch()
+            self.begin = functools.partial(self.write_settings, args, step)
+            if new:
+                self.begin()
         except OSError as error:
             way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
@@ -692,9 +691,19 @@ class Run:
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+                wandb.define_metric("*", step_metric="step")  # W&B's own counter would drop what a resumed run repeats
             except wandb.errors.Error as error:
                 raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
+
+    def write_settings(self, args: Args, step: int) -> None:
+        """Of a new run at once, of a resumed one with its first line: a refused --resume changes nothing."""
+        self.begin = None
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self.lines.write_text("".join(whole))
 
     def request_stop(self, number: int, frame: Any) -> None:
         os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
@@ -708,10 +717,12 @@ class Run:
                 way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
+            if self.begin:
+                self.begin()
             with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
         """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
@@ -721,7 +732,7 @@ class Run:
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
                 kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
-                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+                self.wandb.log({"step": step, f"media/{name}": kind(str(path))})
 
 
 # --- end shared block: run folder ---
@@ -750,17 +761,13 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
     """The newest checkpoint that can be read, placed and shaped as `like`. Raises UserError if there is none."""
-
-    def sizes(tree):
-        return sorted((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
-
     problem = "there is none"
     if (folder / "checkpoints").is_dir():
         with checkpoints(folder) as manager:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     stored = manager.item_metadata(step).state
-                    if sizes(stored) != sizes(like):
+                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax would cut or pad arrays of other sizes
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
@@ -771,7 +778,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
 
 
 def size_in_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Clock:
@@ -858,10 +865,10 @@ def train(args: Args) -> None:
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
     run.folder = Path(bytes(folder).decode())  # its time is the first process's
-    needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
+    needed = (1 if args.resume else 3) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
-        reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
-        raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
+        reason = f"has {free / 1e9:.1f} GB free but checkpoints may take {needed / 1e9:.1f} GB more"
+        raise UserError(f"the disk of {run.folder} {reason}: make room, or change --runs-dir of a new run.")
     state = resumed or init_state(args)
     print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
     started = time.perf_counter()
@@ -875,11 +882,11 @@ def train(args: Args) -> None:
         shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
         text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
         print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
-        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
-            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
         if (iteration + 1) % args.save_every == 0 or last or stop:
             save_checkpoint(run.folder, step, state)
+        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
+            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         if stop:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return

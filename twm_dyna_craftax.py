@@ -140,8 +140,9 @@ class Args:
         of which iterations that imagine take more gradient steps.
         """
         real, imagining = self.update_epochs * self.num_minibatches, self.imagining_iterations
-        warmup, total = self.num_iterations - imagining, self.num_iterations * real + imagining * self.imagination_updates
-        return {warmup * real: imagining / self.num_iterations, total: 0.0} if self.anneal_learning_rate else {total: 1.0}
+        warmup = (self.num_iterations - imagining) * real
+        total = warmup + imagining * (real + self.imagination_updates)
+        return {warmup: imagining / self.num_iterations, total: 0.0} if self.anneal_learning_rate else {total: 1.0}
 
 
 # fmt: off
@@ -192,7 +193,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
                     raise ValueError(f"{name} is {value!r}")
             if known.preset not in ("", saved.get("preset")):
                 raise ValueError(f"it is a run of --preset {saved.get('preset')}, not {known.preset}")
-            default = Args(**{**saved, "resume": "", "eval_only": "", "dry_run": False})
+            own = {"resume": "", "eval_only": "", "dry_run": False, "distributed": False}
+            default = Args(**saved | own | ({"track": False} if known.eval_only else {}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = f"its args.json cannot be used ({type(error).__name__}: {error})"
             flag, way_out = "--resume" if known.resume else "--eval-only", f"name a folder of {Path(__file__).name}"
@@ -287,7 +289,7 @@ def craftax_classic():
 
 def render(state: Any) -> Array:
     """UInt8[B, 63, 63, 3]. DEVIATION(uint8): frames are rounded to 1/255 at once, so that policy, tokenizer and replay
-    see the same ones; exact by day, at night within 1/510 of the renderer's floats.
+    see the same ones, within 1/510 of the renderer's floats, which daylight tints at all hours.
     """
     return jnp.round(jax.vmap(craftax_classic().get_obs)(state) * 255).astype(jnp.uint8)
 
@@ -741,16 +743,15 @@ def rope(x: Array, position: Array) -> Array:
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
 
 
-def attend(query: Array, key: Array, value: Array, visible: Array | None = None, keep: Array | None = None) -> Array:
+def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: Any = 1.0) -> Array:
     """Softmax attention, weights in fp32, divided by their sum after the product with the values: that touches D
     numbers a query instead of one a key. Float[..., S, D] each; visible Bool[keys]; keep Float[queries, keys]: dropout.
     """
     scores = jnp.einsum("...qd,...kd->...qk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
-    scores = scores if visible is None else jnp.where(visible, scores, -1e30)
+    scores = jnp.where(visible, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True).astype(value.dtype)
-    weights = weights if keep is None else weights * keep
-    return jnp.einsum("...qk,...kd->...qd", weights.astype(value.dtype), value) / total
+    return jnp.einsum("...qk,...kd->...qd", (weights * keep).astype(value.dtype), value) / total
 
 
 class TransformerBlock(nn.Module):
@@ -783,17 +784,13 @@ class TransformerBlock(nn.Module):
         on a CPU, whose caches can hold the weights of one head, heads follow one another.
         """
         ends = range(BLOCK, x.shape[1] + 1, BLOCK)
-        # One dropout mask for batch and heads.
-        keeps = [None if deterministic else self.drop(jnp.ones((BLOCK, end)), False) for end in ends]
+        keeps = [self.drop(jnp.ones((BLOCK, end)), deterministic) for end in ends]  # one mask for batch and heads
 
         @jax.checkpoint
         def one_head(head: tuple[Array, Array, Array]) -> Array:
             query, key, value = head  # Float[B, S, D]
-            parts = [
-                attend(query[:, end - BLOCK : end], key[:, :end], value[:, :end], keep=keep)
-                for end, keep in zip(ends, keeps, strict=True)
-            ]
-            return jnp.concatenate(parts, axis=1)
+            seen = [(query[:, end - BLOCK : end], key[:, :end], value[:, :end]) for end in ends]
+            return jnp.concatenate([attend(*part, keep=keep) for part, keep in zip(seen, keeps, strict=True)], axis=1)
 
         at_once = None if jax.default_backend() == "cpu" else self.args.wm_heads
         heads = self.heads(x, jnp.arange(x.shape[1]))
@@ -1159,8 +1156,10 @@ def dry_run(args: Args) -> None:
         print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters")
     for name, (iterations, updates, work) in plan.items():
         print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
-    state_gb, step_gb = size_in_bytes(state) / 1e9, train_step.memory_analysis().temp_size_in_bytes / 1e9
-    print(f"memory         state {state_gb:.2f} GB, replay included; a world-model step {step_gb:.2f} GB on top")
+    dream_step = imagination_step.lower(args, vocab, state.policy, state.model.params, state.codebook, replay, key)
+    step_gb, dream_gb = (x.memory_analysis().temp_size_in_bytes / 1e9 for x in (train_step, dream_step.compile()))
+    print(f"memory         state {size_in_bytes(state) / 1e9:.2f} GB, replay included; on top of it")
+    print(f"               a world-model step {step_gb:.2f} GB, or an imagined update {dream_gb:.2f} GB")
     tokens = args.wm_batch_size * args.context * BLOCK
     eta = sum(n * work for n, _, work in plan.values()) / flop * seconds
     print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")
@@ -1191,12 +1190,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
-            if not args.eval_only:
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-                (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-                lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
-                whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-                self.lines.write_text("".join(whole))
+            self.lines.touch()
+            self.begin = functools.partial(self.write_settings, args, step)
+            if new:
+                self.begin()
         except OSError as error:
             way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
@@ -1207,9 +1204,19 @@ class Run:
             where = {"project": args.wandb_project, "mode": args.wandb_mode, "dir": str(self.folder)}
             try:
                 wandb.init(id=name, name=name, resume="allow", config=dataclasses.asdict(args), **where)
+                wandb.define_metric("*", step_metric="step")  # W&B's own counter would drop what a resumed run repeats
             except wandb.errors.Error as error:
                 raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
+
+    def write_settings(self, args: Args, step: int) -> None:
+        """Of a new run at once, of a resumed one with its first line: a refused --resume changes nothing."""
+        self.begin = None
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self.lines.write_text("".join(whole))
 
     def request_stop(self, number: int, frame: Any) -> None:
         os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
@@ -1223,10 +1230,12 @@ class Run:
                 way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
+            if self.begin:
+                self.begin()
             with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def media(self, step: int, name: str, frames: np.ndarray, scale: int = 4) -> None:
         """Write UInt8[H, W, 3] as media/<name>_<step>.png, UInt8[T, H, W, 3] as .mp4, enlarged `scale` times."""
@@ -1236,7 +1245,7 @@ class Run:
             imageio.imwrite(path, frames, **({} if frames.ndim == 3 else {"fps": 10, "macro_block_size": 2}))
             if self.wandb:
                 kind = self.wandb.Image if frames.ndim == 3 else self.wandb.Video
-                self.wandb.log({f"media/{name}": kind(str(path))}, step=step)
+                self.wandb.log({"step": step, f"media/{name}": kind(str(path))})
 
 
 # --- end shared block: run folder ---
@@ -1265,17 +1274,13 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
     """The newest checkpoint that can be read, placed and shaped as `like`. Raises UserError if there is none."""
-
-    def sizes(tree):
-        return sorted((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
-
     problem = "there is none"
     if (folder / "checkpoints").is_dir():
         with checkpoints(folder) as manager:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     stored = manager.item_metadata(step).state
-                    if sizes(stored) != sizes(like):
+                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax would cut or pad arrays of other sizes
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
@@ -1286,7 +1291,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
 
 
 def size_in_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Clock:
@@ -1373,10 +1378,10 @@ def train(args: Args) -> None:
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
     run.folder = Path(bytes(folder).decode())  # its time is the first process's
-    needed = 3 * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
+    needed = (1 if args.resume else 3) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
-        reason = f"{free / 1e9:.1f} GB are free but three checkpoints may take {needed / 1e9:.1f} GB"
-        raise UserError(f"--runs-dir {args.runs_dir}: {reason}; make room or name a folder on another disk.")
+        reason = f"has {free / 1e9:.1f} GB free but checkpoints may take {needed / 1e9:.1f} GB more"
+        raise UserError(f"the disk of {run.folder} {reason}: make room, or change --runs-dir of a new run.")
     state = resumed or init_state(args)
     print(f"{run.folder}: {args.num_iterations} iterations of {env_steps} environment steps", flush=True)
     started = time.perf_counter()
@@ -1390,11 +1395,11 @@ def train(args: Args) -> None:
         shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
         text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
         print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
-        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
-            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
         if (iteration + 1) % args.save_every == 0 or last or stop:
             save_checkpoint(run.folder, step, state)
+        if args.media_every and ((iteration + 1) % args.media_every == 0 or last):
+            write_media(args, run, step, state, rollout, jax.random.fold_in(key, 1_000_000))
         if stop:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return

@@ -498,6 +498,25 @@ def test_eval_only_repeats_the_scores_and_generate_draws_a_caption(copied, capsy
     assert np.asarray(t2i.Image.open(copied / "media" / "generated_1.png")).shape == (32, 256, 3)
 
 
+def test_a_refused_resume_changes_nothing(copied, capsys):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for flags, message in (
+        (["--total-steps", 1], "--total-steps 1 is below"),
+        (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
+        (["--vae-steps", 30], "--vae-steps 30 cannot change"),
+        (["--beta1", 0.5], "its optimiser is of another kind"),
+    ):
+        code, error = run_main(capsys, "--resume", copied, *flags)
+        assert code == 2 and message in error
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(t2i.UserError, match=r"--batch-size 4 is no multiple of --micro-batch-size 2 times 3 processes"):
+        t2i.check_args(settings())
+
+
 def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     flags = ["--preset", "smoke", *QUIET, "--no-train-teacher", "--teacher", teacher_folder, "--total-steps", 1]
@@ -536,9 +555,10 @@ def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path):
     with torch.no_grad():
         words = tokenizer(TEXTS, padding=True, return_tensors="pt")
         logits = model(pixel_values=(pixels / 255 - mean) / std, **words).logits_per_image / model.logit_scale.exp()
-    assert t2i.clip_score(str(tmp_path), pixels, TEXTS) == pytest.approx(float(logits.diag().mean()), abs=1e-4)
+    score = t2i.clip_score(str(tmp_path), pixels, TEXTS, torch.device("cpu"))
+    assert score == pytest.approx(float(logits.diag().mean()), abs=1e-4)
     with pytest.raises(t2i.UserError, match="--clip nowhere cannot be loaded"):
-        t2i.clip_score("nowhere", pixels, TEXTS)
+        t2i.clip_score("nowhere", pixels, TEXTS, torch.device("cpu"))
 
 
 def test_reference_pictures_and_features_of_large_pictures(tmp_path):
@@ -561,8 +581,10 @@ def test_the_papers_plan(capsys):
     printed = capsys.readouterr().out
     assert "859,520,964 parameters" in printed and "47 forward passes of 1024" in printed
     t2i.dry_run(t2i.PRESETS["single-gpu"])
-    (total,) = re.findall(r"memory: +([\d.]+) GB  in all", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    (total,) = re.findall(r"memory: +([\d.]+) GB  in all", printed)
     assert 20 < float(total) < 25.7  # 24 GiB
+    assert "38 forward passes of 64" in printed
 
 
 SMOKE = ["--preset", "smoke"]
@@ -572,6 +594,7 @@ BAD = [
     (["--teacher", "x"], "--prompts  is empty"),
     ([*SMOKE, "--teacher", "x"], "--train-teacher"),
     ([*SMOKE, "--k", 0], "--k 0"),
+    ([*SMOKE, "--t-star", 1000], "--t-star 1000 is out of range"),
     ([*SMOKE, "--gamma-eps", 1.5], "--gamma-eps 1.5"),
     ([*SMOKE, "--generator-lr", "nan"], "--generator-lr nan"),
     ([*SMOKE, "--guidance", 0], "--guidance 0"),
@@ -609,6 +632,8 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
     foreign = Path(shutil.copytree(teacher_folder, tmp_path / "foreign"))
     config = json.loads((foreign / "scheduler" / "scheduler_config.json").read_text())
     (foreign / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
+    short = Path(shutil.copytree(teacher_folder, tmp_path / "short"))
+    (short / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"num_train_timesteps": 600}))
     damaged = Path(shutil.copytree(teacher_folder, tmp_path / "damaged"))
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
     cases = [
@@ -617,7 +642,7 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         (["--teacher", foreign], "predicts sample"),
         (["--teacher", damaged], "damaged cannot be loaded"),
         (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
-        (["--teacher", teacher_folder, "--t-star", 1000], "--t-star 1000 is beyond the teacher's last timestep 999"),
+        (["--teacher", short, "--t-max", 500, "--t-star", 700], "--t-star 700 is beyond the teacher's last timestep 599"),
     ]
     for i, (flags, message) in enumerate(cases):
         code, error = run_main(capsys, *common, *flags, "--runs-dir", tmp_path / str(i))

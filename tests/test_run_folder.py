@@ -312,6 +312,21 @@ def test_a_full_disk_is_noticed_before_the_run(call_main, stub_iteration, monkey
     assert code == 2 and "--runs-dir" in err and len(err.strip().splitlines()) == 1
 
 
+def test_a_resumed_run_needs_room_for_one_more_checkpoint_and_is_refused_unchanged(
+    call_main, stub_iteration, monkeypatch, tmp_path
+):
+    folder = finished_stub_run(call_main, stub_iteration, tmp_path)
+    size = twm.size_in_bytes(jax.eval_shape(lambda: twm.init_state(twm.parse_args(["--resume", str(folder)]))))
+    usage, before = shutil.disk_usage(tmp_path), (folder / "args.json").read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    code, _, err = call_main("--resume", folder, "--total-steps", 120)
+    assert code == 2 and f"the disk of {folder} has" in err
+    assert (folder / "args.json").read_bytes() == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size + 1))
+    assert call_main("--resume", folder, "--total-steps", 120)[0] == 0
+    assert (folder / "args.json").read_bytes() != before
+
+
 def test_a_disk_that_fills_up_loses_no_earlier_checkpoint(call_main, stub_iteration, monkeypatch, tmp_path):
     import orbax.checkpoint as ocp
 
@@ -345,13 +360,17 @@ def test_the_evaluation_of_a_finished_run_tells_the_steps_it_really_has(
 # --- Weights & Biases ---
 TRACKED_DRIVER = """
 import sys
+import numpy as np
 sys.path.insert(0, {root!r})
 import twm_dyna_craftax as twm
 
 def iteration(args, state, key):
     return state.replace(iteration=state.iteration + 1), None, {{"losses/stub": 1.5, "perf/SPS": 1.0}}
 
-twm.train_iteration = iteration
+def write_media(args, run, step, state, rollout, key):
+    run.media(step, "rollout", np.zeros((5, 16, 16, 3), np.uint8))
+
+twm.train_iteration, twm.write_media = iteration, write_media
 twm.main()
 """
 
@@ -360,11 +379,21 @@ def test_tracking_works_offline_without_an_account(stub_iteration, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
     driver = TRACKED_DRIVER.format(root=str(ROOT))
-    command = [sys.executable, "-c", driver, *stub_iteration, "--track", "--wandb-mode", "offline"]
+    command = [
+        sys.executable,
+        "-c",
+        driver,
+        *stub_iteration,
+        "--media-every",
+        "2",
+        "--track",
+        "--wandb-mode",
+        "offline",
+    ]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     assert folder.name in log.name  # the run folder's name is the W&B id, so a resumed run goes on in it
-    assert b"losses/stub" in log.read_bytes()
+    assert b"losses/stub" in log.read_bytes() and b"media/rollout" in log.read_bytes()
     assert len(metrics_of(folder)) == 4
