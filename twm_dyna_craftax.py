@@ -747,7 +747,8 @@ def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: An
     """Softmax attention, weights in fp32, divided by their sum after the product with the values: that touches D
     numbers a query instead of one a key. Float[..., S, D] each; visible Bool[keys]; keep Float[queries, keys]: dropout.
     """
-    scores = jnp.einsum("...qd,...kd->...qk", query / math.sqrt(query.shape[-1]), key).astype(jnp.float32)
+    query = query / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True).astype(value.dtype)

@@ -28,7 +28,7 @@ RUN_BY = {  # other commands, and the file that runs them
     ".venv/bin/pip install -q -r requirements-dev.txt": ".ci/run",
     ".venv/bin/python -m pytest -q -n auto --dist loadfile": ".ci/run",
     ".venv/bin/pip install -q -r requirements.txt": "requirements-dev.txt",  # whose first line installs the other file
-    '.venv/bin/pip install -U "jax[cuda13]"': None,  # not run: needs a GPU
+    '.venv/bin/pip install "jax[cuda13]>=0.10,<0.11"': None,  # not run: needs a GPU
 }
 PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:(?:\.venv/bin/)?python|accelerate launch|uv run) ((?:benchmark/)?\w+\.py)\b(.*)"
