@@ -237,17 +237,15 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
             fits = type(number) not in (int, float) or (low <= number <= high and math.isfinite(number))
             require(args, name, fits, f"is out of range: give numbers from {low} to {high}")
     envs, minibatches, rollout = args.num_envs, args.num_minibatches, args.num_envs * args.num_steps
-    reason = f"does not divide --num-envs {envs}: minibatches are made of whole environments"
-    require(args, "num_minibatches", envs % minibatches == 0, f"{reason}. Try {math.gcd(envs, minibatches)}")
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
         reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
         require(args, name, size % devices == 0, reason)
-    fewer = max(n for n in range(1, minibatches + 1) if envs // devices % n == 0)
-    reason = f"makes groups of {envs // minibatches} environments, which {devices} devices cannot share: try {fewer}"
-    require(args, "num_minibatches", envs // minibatches % devices == 0, reason)
+    fits = max(n for n in range(1, min(envs, minibatches) + 1) if envs // devices % n == 0)
+    reason = f"does not divide --num-envs {envs} into groups that {devices} devices can share: try {fits}"
+    require(args, "num_minibatches", fits == minibatches, reason)
 
 
 @functools.cache

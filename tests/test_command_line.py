@@ -82,7 +82,7 @@ def test_what_the_flag_parser_refuses(flags, named, call_main, monkeypatch, tmp_
     "flags, named",
     [
         ({"num-envs": 4, "num-minibatches": 1}, "--num-envs"),
-        ({"num-envs": 6, "num-minibatches": 3}, "--num-minibatches 3 makes groups of 2"),
+        ({"num-envs": 6, "num-minibatches": 3}, "--num-minibatches 3 does not divide --num-envs 6"),
         ({"wm-batch-size": 4}, "--wm-batch-size 4"),
         ({"imagination-envs": 4}, "--imagination-envs 4"),
     ],
