@@ -668,6 +668,7 @@ class Run:
             time.sleep(0.5)
             self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
+        self.args, self.step, self.begun = args, step, False
         for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         if not writes:
@@ -676,7 +677,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=not new)
             (self.folder / "media").mkdir(exist_ok=True)
             self.lines.touch()
-            self.begin = functools.partial(self.write_settings, args, step)
             if new:
                 self.begin()
         except OSError as error:
@@ -694,13 +694,12 @@ class Run:
                 raise UserError(f"--track True ({error}): log in, or give --wandb-mode offline.") from error
             self.wandb = wandb
 
-    def write_settings(self, args: Args, step: int) -> None:
-        """Of a new run at once, of a resumed one with its first line: a refused --resume changes nothing."""
-        self.begin = None
-        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    def begin(self) -> None:
+        """A new run does this at once, a resumed one before its first line: a refused --resume changes nothing."""
+        self.begun, lines = True, self.lines.read_text().splitlines(True)
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=2))
         (self.folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-        lines = self.lines.read_text().splitlines(True) if self.lines.exists() else []
-        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         self.lines.write_text("".join(whole))
 
     def request_stop(self, number: int, frame: Any) -> None:
@@ -715,7 +714,7 @@ class Run:
                 way_out = f"try a lower learning rate, from the start or with --resume {self.folder}"
                 raise UserError(f"{name} is {value} at step {step}: training has diverged; {way_out}.")
         if self.writes:
-            if self.begin:
+            if not self.begun:
                 self.begin()
             with self.lines.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
