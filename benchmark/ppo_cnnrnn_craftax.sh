@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The `cpu` preset for one million environment steps, the same with its earlier, narrow encoder, and that for 200,000 steps with
-# and without GRU, a run per seed: about 50, 40, 8 and 6 minutes a run on one idle core. RUNS says where the run folders go, SEEDS which seeds; an interrupted run goes on with
-# `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
+# and without GRU, a run per seed: about 50, 40, 8 and 6 minutes a run on one idle core. RUNS says where the run folders go,
+# SEEDS which seeds; an interrupted run goes on with `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=benchmark/results

@@ -642,7 +642,7 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         (["--teacher", foreign], "predicts sample"),
         (["--teacher", damaged], "damaged cannot be loaded"),
         (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
-        (["--teacher", short, "--t-max", 500, "--t-star", 700], "--t-star 700 is beyond the teacher's last timestep"),
+        (["--teacher", short, "--t-max", 500, "--t-star", 700], "700 is beyond the teacher's last timestep 599"),
     ]
     for i, (flags, message) in enumerate(cases):
         code, error = run_main(capsys, *common, *flags, "--runs-dir", tmp_path / str(i))

@@ -379,17 +379,8 @@ def test_tracking_works_offline_without_an_account(stub_iteration, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
     driver = TRACKED_DRIVER.format(root=str(ROOT))
-    command = [
-        sys.executable,
-        "-c",
-        driver,
-        *stub_iteration,
-        "--media-every",
-        "2",
-        "--track",
-        "--wandb-mode",
-        "offline",
-    ]
+    flags = [*stub_iteration, "--media-every", "2", "--track", "--wandb-mode", "offline"]
+    command = [sys.executable, "-c", driver, *flags]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "runs").iterdir()
