@@ -39,4 +39,3 @@ export command="--preset cpu --no-train-teacher --teacher $(echo "$runs"/teacher
 folders=()
 for folder in "$runs"/*/s*/*; do folders+=("$(basename "$(dirname "$(dirname "$folder")")")=$folder"); done
 python benchmark/results.py emd_imagenet_cpu "$script $command --seed SEED FLAGS, see $(basename "$0")" "${folders[@]}"
-python benchmark/teacher_student.py docs/media/emd_imagenet_teacher_student.gif "$(echo "$runs"/EMD-16/s1/*)"
