@@ -73,7 +73,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 class Args:
     # --- shared block: common flags ---
     preset: str = "paper"  # named starting point; every flag given beside it wins over it
-    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
     eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
@@ -245,7 +245,7 @@ def check_args(args: Args) -> None:
     check("unet_channels", fits, f"are too few or too many levels for --image-size {args.image_size}: halve it by each")
     fits = all(width % 64 == 0 or width in (16, 32, 48) for width in args.unet_channels)
     check("unet_channels", fits, "do not split into attention heads: give 16, 32, 48 or multiples of 64")
-    for name in ("batch_size", "teacher_batch_size"):
+    for name in ("batch_size", "teacher_batch_size")[: 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
         reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
@@ -488,7 +488,7 @@ class Denoiser(nn.Module):
         for mask in self.masks:
             mask.training = mask_seed is not None
         if mask_seed is not None:
-            torch.manual_seed(mask_seed)  # nothing else draws from the global generator
+            torch.manual_seed(mask_seed)  # whatever else draws from the global generator seeds it first
         inputs = (c_in * y).contiguous(memory_format=self.memory)
         # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
@@ -679,8 +679,8 @@ class Run:
             self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         self.args, self.step, self.begun = args, step, False
-        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        if not args.eval_only:
+            self.on_signal(self.request_stop)
         if not writes:
             return
         try:
@@ -690,7 +690,7 @@ class Run:
             if new:
                 self.begin()
         except OSError as error:
-            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            way_out = "make it writable" + f", or change --runs-dir {args.runs_dir}" * new
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
@@ -712,10 +712,16 @@ class Run:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         self.lines.write_text("".join(whole))
 
+    def on_signal(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        self.on_signal(signal.SIG_DFL)
+        text = f"stopping after this iteration; go on with --resume {self.folder}; once more to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print is not reentrant
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
@@ -900,10 +906,10 @@ def loop(
         mark = time.perf_counter()
         update(done, means)
         # Any process may have been asked to stop: all of them do, after the same update.
-        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
         seconds += time.perf_counter() - mark
         last = done == updates
-        if run.stop or last or done % args.log_every == 0:
+        if stop or last or done % args.log_every == 0:
             logs, speed = means.take(), (done - since) / seconds
             shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
             logs |= {"perf/updates_per_second": speed}
@@ -912,10 +918,12 @@ def loop(
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
             left, since, seconds = (updates - done) / speed / 3600, done, 0.0
-            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
-        if run.writes and (run.stop or last or done % args.save_every == 0):
+            text = f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h"
+            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the reader of `... | tee LOG` as well
+                acc.print(text, flush=True)
+        if run.writes and (stop or last or done % args.save_every == 0):
             save_checkpoint(run.folder, offset + done, state)
-        if run.stop and not last:
+        if stop and not last:
             acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
         yield done
@@ -1015,12 +1023,12 @@ class Evaluator:
         depends on the chunk alone; processes share the chunks.
         """
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
-        pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.uint8, device=acc.device)
+        pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.uint8)  # on the host
         for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
             labels = self.labels[index * size :][:size].to(acc.device)
             z = Noise(acc.device, 0, index).normal(len(labels), *args.image_shape)
             pixels[index * size :][:size] = to_uint8(sampler(z, labels))
-        pixels = acc.reduce(pixels, "sum").cpu()
+        pixels = torch.cat([acc.reduce(part.to(acc.device), "sum").cpu() for part in pixels.split(1000)])
         seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
         scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
 
@@ -1178,18 +1186,21 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict[str, Any
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     require_paths(args, "data_dir", "features")
+    if args.eval_samples:
+        load_images(args)  # a folder without images is refused now, not after the last update
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     with torch.device("meta"):  # a checkpoint holds three networks and Adam's two moments of two of them
-        needed = 3 * 7 * 4 * sum(p.numel() for p in make_unet(args).parameters()) / 1e9
-    free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
-    require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
+        size = 7 * 4 * sum(p.numel() for p in make_unet(args).parameters()) / 1e9
+    needed = size * (3 - len(list(run.folder.glob("checkpoints/*.pt"))))  # two are kept while one is written
+    if run.writes and (free := shutil.disk_usage(run.folder).free / 1e9) <= needed:
+        raise UserError(f"the disk of {run.folder} has {free:.1f} GB free but {needed:.1f} are needed: make room.")
     if args.train_teacher and not (run.folder / "teacher").exists():
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.teacher_steps, {}
-    teacher, state = load_everything(args, run, acc, saved)
+    (teacher, state), saved = load_everything(args, run, acc, saved), {}  # and no file stays open
     offset = args.teacher_steps * args.train_teacher
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
@@ -1197,7 +1208,8 @@ def train(args: Args, acc: Accelerator) -> None:
         net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
-        last = done == args.total_steps
+        if last := done == args.total_steps:
+            run.on_signal(signal.SIG_DFL)  # all is saved
         if run.writes and args.media_every and (last or done % args.media_every == 0):
             write_media(args, run, offset + done, teacher, state, acc)
         if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
@@ -1246,7 +1258,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
         (evaluate if args.eval_only else train)(args, Accelerator())
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

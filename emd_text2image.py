@@ -76,7 +76,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 class Args:
     # --- shared block: common flags ---
     preset: str = "paper"  # named starting point; every flag given beside it wins over it
-    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
     eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
@@ -94,7 +94,7 @@ class Args:
     prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: of --pictures)
     image_size: int = 512  # height and width of a picture
     guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
-    text_cache_gb: float = 8.0  # captions are encoded once if their features fit into so much memory, else when drawn
+    text_cache_gb: float = 8.0  # captions are encoded once if their features fit (in each process), else when drawn
     pictures: str = ""  # captioned pictures for --train-teacher, a webdataset .tar (empty: drawn shapes)
     train_teacher: bool = False  # train a pipeline on those first, kept in the run folder as teacher/
     vae_steps: int = 20_000  # updates of its autoencoder
@@ -242,7 +242,7 @@ def check_args(args: Args) -> None:
     fits = not args.train_teacher or (args.image_size % 32 == 0 and args.image_size % cells == 0)
     check("image_size", fits, f"cannot be drawn and halved by each level: give multiples of {math.lcm(32, cells)}")
     check("text_width", args.text_width % 32 == 0, "does not split into heads of 32: give a multiple")
-    for name in ("batch_size", "teacher_batch_size"):
+    for name in ("batch_size", "teacher_batch_size")[: 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
         reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
@@ -312,7 +312,9 @@ class Captions:
         if long := sum(len(ids) > most for ids in pipe.tokenizer(texts).input_ids):
             print(f"{long:,} captions are longer than {most} tokens and are cut off there", flush=True)
         if self.empty.nbytes * len(texts) <= args.text_cache_gb * 1e9:
-            self.cache = torch.cat([encode(pipe, texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
+            self.cache = torch.empty(len(texts), *self.empty.shape[1:])
+            for i in range(0, len(texts), 64):
+                self.cache[i : i + 64] = encode(pipe, texts[i : i + 64])
             pipe.text_encoder.to("cpu")  # its memory is the UNets'
 
     @torch.no_grad()
@@ -398,6 +400,7 @@ def words_of(nearest: np.ndarray) -> tuple[str, ...]:
     return count, "small" if side < 6.5 else "large", colour, shape, place, background
 
 
+@functools.cache
 def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarray]]:
     """Captions, and a picture UInt8[S, S, 3] for caption and seed: of the webdataset --pictures (NAME.txt beside
     NAME.png), or drawn. Raises UserError.
@@ -409,11 +412,12 @@ def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarra
         with tarfile.open(args.pictures) as shard:
             files = {member.name: shard.extractfile(member).read() for member in shard if member.isfile()}
         for name, content in files.items():
-            if name.endswith(PICTURE_KINDS):
+            if name.lower().endswith(PICTURE_KINDS):
                 image = Image.open(io.BytesIO(content)).convert("RGB")
                 caption = " ".join(files[os.path.splitext(name)[0] + ".txt"].decode().split())
                 found[caption] = np.asarray(ImageOps.fit(image, (args.image_size, args.image_size)))
     require(args, "pictures", bool(found), "holds no picture: name a .tar of NAME.txt beside NAME.png or NAME.jpg")
+    print(f"{args.pictures}: {len(found):,} captions with a picture each, the last one of equal captions", flush=True)
     return list(found), lambda caption, seed: found[caption]
 
 
@@ -479,7 +483,7 @@ def make_unet(args: Args) -> UNet:
     how = {"down_block_types": ["CrossAttnDownBlock2D"] * attends + ["DownBlock2D"]}
     how |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attends, "layers_per_block": args.unet_layers}
     how |= {"block_out_channels": args.unet_channels, "norm_num_groups": math.gcd(32, *args.unet_channels)}
-    how |= {"attention_head_dim": min(8, args.unet_channels[0] // 16)}  # diffusers' name for the number of heads
+    how |= {"attention_head_dim": max(1, min(8, args.unet_channels[0] // 16))}  # diffusers' name for their number
     return UNet(side, **how, cross_attention_dim=args.text_width)
 
 
@@ -551,6 +555,7 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
 def one_step_scheduler(scheduler: Any, t_star: int) -> EulerDiscreteScheduler:
     """The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*)."""
     how = {"prediction_type": scheduler.config.prediction_type, "timestep_spacing": "trailing"}
+    how |= {"steps_offset": 1}  # has no effect here, but diffusers warns without it
     return EulerDiscreteScheduler(t_star + 1, trained_betas=scheduler.betas[: t_star + 1].tolist(), **how)
 
 
@@ -693,8 +698,8 @@ class Run:
             self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         self.args, self.step, self.begun = args, step, False
-        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        if not args.eval_only:
+            self.on_signal(self.request_stop)
         if not writes:
             return
         try:
@@ -704,7 +709,7 @@ class Run:
             if new:
                 self.begin()
         except OSError as error:
-            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            way_out = "make it writable" + f", or change --runs-dir {args.runs_dir}" * new
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
@@ -726,10 +731,16 @@ class Run:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         self.lines.write_text("".join(whole))
 
+    def on_signal(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        self.on_signal(signal.SIG_DFL)
+        text = f"stopping after this iteration; go on with --resume {self.folder}; once more to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print is not reentrant
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
@@ -914,10 +925,10 @@ def loop(
         mark = time.perf_counter()
         update(done, means)
         # Any process may have been asked to stop: all of them do, after the same update.
-        run.stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
+        stop = acc.reduce(torch.tensor(float(run.stop), device=acc.device), "sum").item() > 0
         seconds += time.perf_counter() - mark
         last = done == updates
-        if run.stop or last or done % args.log_every == 0:
+        if stop or last or done % args.log_every == 0:
             logs, speed = means.take(), (done - since) / seconds
             shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
             logs |= {"perf/updates_per_second": speed}
@@ -926,10 +937,12 @@ def loop(
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
             left, since, seconds = (updates - done) / speed / 3600, done, 0.0
-            acc.print(f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h", flush=True)
-        if run.writes and (run.stop or last or done % args.save_every == 0):
+            text = f"update {done:,} of {updates:,}  {shown}  {speed:.2f} updates/s  ETA {left:.2f} h"
+            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the reader of `... | tee LOG` as well
+                acc.print(text, flush=True)
+        if run.writes and (stop or last or done % args.save_every == 0):
             save_checkpoint(run.folder, offset + done, state)
-        if run.stop and not last:
+        if stop and not last:
             acc.print(f"stopped and saved after update {done:,}; go on with: --resume {run.folder}")
             return
         yield done
@@ -1090,13 +1103,13 @@ class Evaluator:
         """
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
         side = min(256, args.image_size)  # of shrink()
-        pixels = torch.zeros(args.eval_samples, 3, side, side, dtype=torch.uint8, device=acc.device)
+        pixels = torch.zeros(args.eval_samples, 3, side, side, dtype=torch.uint8)  # on the host
         for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
             part = self.picks[index * size :][:size]
             z = Noise(acc.device, 0, index).normal(len(part), *self.setup.shape)
             made = decode(self.setup.pipe, sampler(z, self.captions(part)))
             pixels[index * size :][:size] = shrink(to_uint8(made))
-        pixels = acc.reduce(pixels, "sum").cpu()
+        pixels = torch.cat([acc.reduce(part.to(acc.device), "sum").cpu() for part in pixels.split(1000)])
         seconds = (time.perf_counter() - started) * acc.num_processes / len(pixels)
         scores = {"evaluations_per_image": evaluations, "seconds_per_image": seconds}
 
@@ -1310,26 +1323,29 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], sa
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    require_paths(args, "eval_prompts", "reference", "features", "clip")
+    require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
-    texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]  # before anything is downloaded
+    captioned = load_pictures(args)[0]  # files are read before anything is downloaded or trained
+    texts = read_prompts(args, "prompts") if args.prompts else captioned
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     if args.train_teacher and not (run.folder / "teacher").exists():
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
-    setup, state = load_everything(args, run, acc, texts, saved)
+    (setup, state), saved = load_everything(args, run, acc, texts, saved), {}  # and no file stays open
     offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
     # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
-    needed = (3 * (5 if not args.beta1 else 7) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
-    free = shutil.disk_usage(run.folder).free / 1e9 if run.writes else math.inf
-    require(args, "runs_dir", free > needed, f"has {free:.1f} GB free but {needed:.1f} are needed: make room")
+    absent = 3 - len(list(run.folder.glob("checkpoints/*.pt")))
+    needed = (absent * (7 if args.beta1 else 5) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
+    if run.writes and (free := shutil.disk_usage(run.folder).free / 1e9) <= needed:
+        raise UserError(f"the disk of {run.folder} has {free:.1f} GB free but {needed:.1f} are needed: make room.")
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
-        last = done == args.total_steps
+        if last := done == args.total_steps:
+            run.on_signal(signal.SIG_DFL)  # all is saved
         if run.writes and args.media_every and (last or done % args.media_every == 0):
             write_media(args, run, offset + done, setup, state, acc)
         if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
@@ -1355,6 +1371,7 @@ def evaluate(args: Args, acc: Accelerator) -> None:
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]
     setup, state = load_everything(args, run, acc, texts, saved)
+    state = {"average": state["average"]}  # the rest takes memory and is not needed
     if run.writes:
         write_media(args, run, step, setup, state, acc)
     if args.eval_samples:
@@ -1404,10 +1421,10 @@ def dry_run(args: Args) -> None:
         flops, parameters = counter.get_total_flops(), sum(p.numel() for p in unet.parameters())
         size = min(args.micro_batch_size, args.batch_size)
         plan = memory_plan(args, unet, torch.zeros(size, tokens, width), torch.zeros(size, *shape))
-    guided = args.guidance != 1
-    chain = (4 if args.moves_z else 2) * args.k + 3 + guided * args.k  # see docs: a backward pass counts as two
-    forwards = chain + 4 * args.score_updates + 3 * (args.cancel == "exact")
-    forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1)  # one more in each backward pass
+    chain = ((4 if args.moves_z else 2) + (args.guidance != 1)) * args.k + 3  # see docs: a backward pass counts as two
+    exact = args.cancel == "exact"
+    forwards = chain + 4 * args.score_updates + 3 * exact
+    forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1 + exact)  # again in the backward
     total = forwards * args.batch_size * args.total_steps * flops
     total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
     print(json.dumps(dataclasses.asdict(args), indent=2))
@@ -1431,7 +1448,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
         (evaluate if args.eval_only else train)(args, Accelerator())
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

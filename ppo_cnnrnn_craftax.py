@@ -19,6 +19,7 @@ Axes: B environments, T steps, H W C pixels, D hidden size, A actions.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -57,7 +58,7 @@ warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg 
 class Args:
     # --- shared block: common flags ---
     preset: str = "paper"  # named starting point; every flag given beside it wins over it
-    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
     eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
@@ -191,6 +192,10 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     envs, minibatches, rollout = args.num_envs, args.num_minibatches, args.num_envs * args.num_steps
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
+    if folder := args.resume or args.eval_only:
+        before = json.loads((Path(folder) / "args.json").read_text())["num_steps"]
+        reason = f"is not the {before} by which this run counts its steps: leave it out"
+        require(args, "num_steps", args.num_steps == before, reason)
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
         reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
@@ -599,7 +604,7 @@ def episode_charts(sums: Array) -> dict[str, float]:
 
 def score_percent(rates: np.ndarray) -> float:
     """Crafter score: shifted geometric mean of the achievement rates Float[22] in [0, 1], in percent."""
-    return float(np.expm1(np.mean(np.log1p(100 * np.asarray(rates)))))
+    return float(np.expm1(np.mean(np.log1p(100 * rates))))
 
 
 # --- end shared block: craftax agent ---
@@ -669,8 +674,8 @@ class Run:
             self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         self.args, self.step, self.begun = args, step, False
-        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        if not args.eval_only:
+            self.on_signal(self.request_stop)
         if not writes:
             return
         try:
@@ -680,7 +685,7 @@ class Run:
             if new:
                 self.begin()
         except OSError as error:
-            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            way_out = "make it writable" + f", or change --runs-dir {args.runs_dir}" * new
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
@@ -702,10 +707,16 @@ class Run:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         self.lines.write_text("".join(whole))
 
+    def on_signal(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        self.on_signal(signal.SIG_DFL)
+        text = f"stopping after this iteration; go on with --resume {self.folder}; once more to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print is not reentrant
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
@@ -752,7 +763,7 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
-        reason = f"was not written ({str(error).splitlines()[0][:200]}): make room, then --resume {folder}"
+        reason = f"was not written ({str(error)[:200]!r}): make room, then --resume {folder}"
         raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
@@ -768,7 +779,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
-                    problem = f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                    problem = f"step {step}: {type(error).__name__}: {str(error)[:200]!r}"
                     print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)
     way_out = f"name a run of {Path(__file__).name}, without flags that change a size"
     raise UserError(f"{flag} {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
@@ -779,7 +790,7 @@ def size_in_bytes(tree: Any) -> int:
 
 
 class Clock:
-    """Seconds of each phase of an iteration, compilation apart."""
+    """Seconds of each phase of an iteration, tracing and compilation apart."""
 
     compiling = 0.0  # seconds that this process has spent on it
 
@@ -788,7 +799,7 @@ class Clock:
 
     @staticmethod
     def listen(event: str, seconds: float, **_: Any) -> None:
-        Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+        Clock.compiling += seconds if event.startswith("/jax/core/compile/") else 0.0
 
     def lap(self, phase: str, wait_for: Any = None) -> None:
         jax.block_until_ready(wait_for)
@@ -862,7 +873,8 @@ def train(args: Args) -> None:
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
     run.folder = Path(bytes(folder).decode())  # its time is the first process's
-    needed = (1 if args.resume else 3) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
+    kept = len(list((run.folder / "checkpoints").glob("[0-9]*")))  # two stay, and for a moment there are three
+    needed = max(1, 3 - kept) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"has {free / 1e9:.1f} GB free but checkpoints may take {needed / 1e9:.1f} GB more"
         raise UserError(f"the disk of {run.folder} {reason}: make room, or change --runs-dir of a new run.")
@@ -878,7 +890,8 @@ def train(args: Args) -> None:
         hours, minutes = divmod(int((time.perf_counter() - started) / (iteration + 1 - first) * left) // 60, 60)
         shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
         text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
-        print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the reader of `... | tee LOG` as well
+            print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
         if (iteration + 1) % args.save_every == 0 or last or stop:
             save_checkpoint(run.folder, step, state)
@@ -888,6 +901,7 @@ def train(args: Args) -> None:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
+        run.on_signal(signal.SIG_DFL)  # all is saved
         evaluate(args, run, state.policy.params, int(state.iteration) * env_steps)
 
 
@@ -906,7 +920,7 @@ def main() -> None:
         else:
             train(args)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,7 @@ S tokens (82 a step: the cells, then the action), K codes, V codes that the outp
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -60,7 +61,7 @@ warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg 
 class Args:
     # --- shared block: common flags ---
     preset: str = "paper"  # named starting point; every flag given beside it wins over it
-    seed: int = 1  # seed of everything random: two runs from one seed are equal
+    seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
     eval_only: str = ""  # run folder whose newest checkpoint is evaluated, without training (empty: train)
@@ -131,8 +132,8 @@ class Args:
 
     @property
     def imagining_iterations(self) -> int:  # those that end after the warmup
-        warmup = -(-self.warmup_steps // (self.num_envs * self.num_steps)) - 1
-        return max(0, self.num_iterations - max(0, warmup))
+        warmup = max(0, (self.warmup_steps - 1) // (self.num_envs * self.num_steps))
+        return max(0, self.num_iterations - warmup)
 
     @property
     def annealing(self) -> dict[int, float]:
@@ -239,6 +240,10 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     envs, minibatches, rollout = args.num_envs, args.num_minibatches, args.num_envs * args.num_steps
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
+    if folder := args.resume or args.eval_only:
+        before = json.loads((Path(folder) / "args.json").read_text())["num_steps"]
+        reason = f"is not the {before} by which this run counts its steps: leave it out"
+        require(args, "num_steps", args.num_steps == before, reason)
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
         reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
@@ -647,7 +652,7 @@ def episode_charts(sums: Array) -> dict[str, float]:
 
 def score_percent(rates: np.ndarray) -> float:
     """Crafter score: shifted geometric mean of the achievement rates Float[22] in [0, 1], in percent."""
-    return float(np.expm1(np.mean(np.log1p(100 * np.asarray(rates)))))
+    return float(np.expm1(np.mean(np.log1p(100 * rates))))
 
 
 # --- end shared block: craftax agent ---
@@ -724,7 +729,7 @@ def decode(codebook: Codebook, tokens: Array) -> Array:
 
 
 def live_vocabulary(args: Args, codebook: Codebook) -> int:
-    """V: the power of two that holds all codes in use. The others are masked, so V changes the cost, not the result."""
+    """V: a power of two from 256 to K that holds all codes in use. Others are masked: V changes only the cost."""
     return min(args.codebook_size, max(256, 1 << (int(codebook.size) - 1).bit_length()))
 
 
@@ -1143,11 +1148,11 @@ def dry_run(args: Args) -> None:
     frame = policy / args.num_envs  # one policy forward
     dream = args.imagination_envs * world_model_flop(args, vocab, args.imagination_steps)
     dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
-    last = args.num_iterations
+    rounds = args.num_iterations
     plan = {  # iterations, gradient steps in each, FLOP in each
-        "collect": (last, 0, real * frame),
-        "PPO, real": (last, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
-        "world model": (last, args.wm_updates, args.wm_updates * flop),
+        "collect": (rounds, 0, real * frame),
+        "PPO, real": (rounds, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
+        "world model": (rounds, args.wm_updates, args.wm_updates * flop),
         "PPO, imagined": (args.imagining_iterations, args.imagination_updates, args.imagination_updates * dream),
     }
     sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
@@ -1183,8 +1188,8 @@ class Run:
             self.folder = self.folder.with_name(name + time.strftime("%Y%m%d-%H%M%S"))
         self.writes, self.stop, self.wandb, self.lines = writes, False, None, self.folder / "metrics.jsonl"
         self.args, self.step, self.begun = args, step, False
-        for number in () if args.eval_only else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        if not args.eval_only:
+            self.on_signal(self.request_stop)
         if not writes:
             return
         try:
@@ -1194,7 +1199,7 @@ class Run:
             if new:
                 self.begin()
         except OSError as error:
-            way_out = f"make it writable, or change --runs-dir {args.runs_dir}"
+            way_out = "make it writable" + f", or change --runs-dir {args.runs_dir}" * new
             raise UserError(f"{self.folder} cannot be written to ({error.strerror}): {way_out}.") from error
         if args.track:
             import wandb
@@ -1216,10 +1221,16 @@ class Run:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         self.lines.write_text("".join(whole))
 
+    def on_signal(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
     def request_stop(self, number: int, frame: Any) -> None:
-        os.write(1, b"stopping after this iteration; once more to stop at once\n")  # print is not reentrant
         self.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        self.on_signal(signal.SIG_DFL)
+        text = f"stopping after this iteration; go on with --resume {self.folder}; once more to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print is not reentrant
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl. A value that is not finite raises UserError before it can be saved."""
@@ -1266,7 +1277,7 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
         with checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
-        reason = f"was not written ({str(error).splitlines()[0][:200]}): make room, then --resume {folder}"
+        reason = f"was not written ({str(error)[:200]!r}): make room, then --resume {folder}"
         raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
@@ -1282,7 +1293,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
-                    problem = f"step {step}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                    problem = f"step {step}: {type(error).__name__}: {str(error)[:200]!r}"
                     print(f"warning: a checkpoint of {folder} cannot be used, {problem}", file=sys.stderr)
     way_out = f"name a run of {Path(__file__).name}, without flags that change a size"
     raise UserError(f"{flag} {folder}: no checkpoint fits these settings ({problem}); {way_out}.")
@@ -1293,7 +1304,7 @@ def size_in_bytes(tree: Any) -> int:
 
 
 class Clock:
-    """Seconds of each phase of an iteration, compilation apart."""
+    """Seconds of each phase of an iteration, tracing and compilation apart."""
 
     compiling = 0.0  # seconds that this process has spent on it
 
@@ -1302,7 +1313,7 @@ class Clock:
 
     @staticmethod
     def listen(event: str, seconds: float, **_: Any) -> None:
-        Clock.compiling += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+        Clock.compiling += seconds if event.startswith("/jax/core/compile/") else 0.0
 
     def lap(self, phase: str, wait_for: Any = None) -> None:
         jax.block_until_ready(wait_for)
@@ -1376,7 +1387,8 @@ def train(args: Args) -> None:
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
     run.folder = Path(bytes(folder).decode())  # its time is the first process's
-    needed = (1 if args.resume else 3) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
+    kept = len(list((run.folder / "checkpoints").glob("[0-9]*")))  # two stay, and for a moment there are three
+    needed = max(1, 3 - kept) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"has {free / 1e9:.1f} GB free but checkpoints may take {needed / 1e9:.1f} GB more"
         raise UserError(f"the disk of {run.folder} {reason}: make room, or change --runs-dir of a new run.")
@@ -1392,7 +1404,8 @@ def train(args: Args) -> None:
         hours, minutes = divmod(int((time.perf_counter() - started) / (iteration + 1 - first) * left) // 60, 60)
         shown = ("charts/episodic_return", "charts/reward_percent", "charts/score_percent", "perf/SPS")
         text = "  ".join(f"{key.split('/')[1]} {logs[key]:.2f}" for key in shown if key in logs)
-        print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the reader of `... | tee LOG` as well
+            print(f"step {step:,} of {args.total_steps:,}  {text}  ETA {hours}:{minutes:02} h", flush=True)
         stop = multihost_utils.process_allgather(np.array(run.stop)).any()
         if (iteration + 1) % args.save_every == 0 or last or stop:
             save_checkpoint(run.folder, step, state)
@@ -1402,6 +1415,7 @@ def train(args: Args) -> None:
             print(f"stopped and saved at step {step:,}; go on with: python {Path(__file__).name} --resume {run.folder}")
             return
     if args.eval_episodes:
+        run.on_signal(signal.SIG_DFL)  # all is saved
         evaluate(args, run, state.policy.params, int(state.iteration) * env_steps)
 
 
@@ -1420,7 +1434,7 @@ def main() -> None:
         else:
             train(args)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

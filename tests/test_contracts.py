@@ -213,14 +213,17 @@ class Interrupted(io.RawIOBase):
 def test_a_signal_in_the_middle_of_a_print_asks_to_stop(module, monkeypatch):
     """print is not reentrant: a handler that prints would raise here."""
     run, raw = module.Run.__new__(module.Run), Interrupted()
-    run.stop, before = False, signal.signal(signal.SIGTERM, run.request_stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run.stop, run.folder = False, "FOLDER"
+    run.on_signal(run.request_stop)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw)))
     try:
         print("step 24", flush=True)
         assert run.stop and raw.written == b"step 24\n"
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second signal ends the process"
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}, "a second one ends the process"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_readme_knows_the_scripts_and_their_lengths():

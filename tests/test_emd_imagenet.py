@@ -903,6 +903,27 @@ def test_speed_is_that_of_the_updates_alone(monkeypatch):
     assert [line["perf/updates_per_second"] for line in lines] == [0.5, 0.5]
 
 
+def test_a_signal_during_the_exchange_between_processes_stops_the_next_update(smoke, tmp_path, capsys, monkeypatch):
+    exchanges, reduce = [], emd.Accelerator.reduce
+
+    def interrupted(self, tensor, *how):
+        exchanges.append(tensor.ndim == 0)
+        if tensor.ndim == 0 and sum(exchanges) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reduce(self, tensor, *how)
+
+    monkeypatch.setattr(emd.Accelerator, "reduce", interrupted)
+    assert "stopped and saved after update 4;" in run_main(capsys, *SMALL, "--runs-dir", tmp_path)[1]
+
+
+def test_a_resumed_run_needs_room_for_one_more_checkpoint(copied, capsys, monkeypatch):
+    size = max(path.stat().st_size for path in (copied / "checkpoints").iterdir())
+    for free, code in ((0.9, 2), (1.5, 0)):
+        usage = types.SimpleNamespace(free=free * size)
+        monkeypatch.setattr(emd.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert run_main(capsys, "--resume", copied, "--total-steps", 5, "--eval-samples", 0)[0] == code
+
+
 def test_resuming_takes_the_step_size_of_the_flags(copied, capsys):
     before = last_checkpoint(copied)
     flags = ["--resume", copied, "--eval-samples", 0, "--media-every", 0, "--total-steps", 5]

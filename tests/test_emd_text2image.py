@@ -324,6 +324,7 @@ def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, cap
     args = settings(pictures=str(tmp_path / "emoji.tar"))
     found, picture = t2i.load_pictures(args)
     assert found == captions
+    assert "8 captions with a picture each" in capsys.readouterr().out
     assert (picture("flag: Chad", 0) == (90, 0, 0)).all() and picture("flag: Chad", 0).shape == (32, 32, 3)
     ids = t2i.make_pipeline(args, captions).tokenizer(captions).input_ids
     assert [len(row) for row in ids[:2] + ids[4:]] == [4, 4, 3, 3, 3, 3]  # start, words, end
@@ -333,10 +334,12 @@ def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, cap
     assert code == 0, output
     student = json.loads((only(tmp_path / "runs") / "eval.json").read_text())["student"]
     assert "frechet_to_data" in student and "accuracy_all" not in student
-    captioned_pictures(tmp_path / "emoji.tar", [])
-    for path in (args.pictures, "nowhere.tar"):
-        code, error = run_main(capsys, *flags, "--pictures", path)
-        assert code == 2 and f"--pictures {path}" in error
+    captioned_pictures(tmp_path / "none.tar", [])
+    (tmp_path / "prompts.txt").write_text("a cat")
+    for path in (tmp_path / "none.tar", "nowhere.tar"):  # before training, also where they are the reference alone
+        for more in ([], ["--prompts", tmp_path / "prompts.txt"]):
+            code, error = run_main(capsys, *flags, "--pictures", path, *more, "--runs-dir", tmp_path / "no")
+            assert code == 2 and f"--pictures {path}" in error and not (tmp_path / "no").exists()
 
 
 # --- What a picture shows ---
@@ -515,6 +518,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(t2i.UserError, match=r"--batch-size 4 is no multiple of --micro-batch-size 2 times 3 processes"):
         t2i.check_args(settings())
+    t2i.check_args(settings(batch_size=6, train_teacher=False, teacher="FOLDER", prompts="FILE"))
 
 
 def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):

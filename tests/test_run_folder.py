@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -199,6 +200,46 @@ def test_a_signal_ends_the_iteration_saves_and_says_how_to_resume(
     assert f"--resume {folder.relative_to(tmp_path)}" in out.splitlines()[-1]
     monkeypatch.setattr(twm, "train_iteration", stub)
     resumes(call_main, stub_iteration, folder, [24, 48, 72, 96])
+
+
+class Unread(io.TextIOBase):
+    """Standard output after the end of what read it."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_a_signal_that_ends_the_reader_of_the_output_too_saves_all_the_same(
+    call_main, stub_iteration, monkeypatch, tmp_path
+):
+    stub = twm.train_iteration
+
+    def interrupted(args, state, key):
+        if int(state.iteration) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        if int(state.iteration) == 1:
+            monkeypatch.setattr(sys, "stdout", Unread())
+        return stub(args, state, key)
+
+    monkeypatch.setattr(twm, "train_iteration", interrupted)
+    code, _, err = call_main(*stub_iteration, "--save-every", 100)
+    assert code == 2 and "Broken pipe" in err and "Traceback" not in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert steps_saved(folder) == [72]
+
+
+def test_a_signal_ends_the_final_evaluation_at_once(call_main, stub_iteration, monkeypatch):
+    seen = []
+    monkeypatch.setattr(twm, "evaluate", lambda *_: seen.append(signal.getsignal(signal.SIGTERM)))
+    assert call_main(*stub_iteration, "--eval-episodes", 4)[0] == 0
+    assert seen == [signal.SIG_DFL]
+
+
+def test_a_run_does_not_go_on_with_rollouts_of_another_length(call_main, stub_iteration, tmp_path):
+    folder = finished_stub_run(call_main, stub_iteration, tmp_path)
+    for flag in ("--resume", "--eval-only"):
+        code, _, err = call_main(flag, folder, "--num-steps", 7, "--eval-episodes", 4)
+        assert code == 2 and "--num-steps 7 is not the 6 by which this run counts" in err
 
 
 KILLED_DRIVER = """
