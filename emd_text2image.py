@@ -69,6 +69,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+for library in (diffusers, transformers):  # captions that are cut off are counted and said below
+    library.utils.logging.set_verbosity_error()
+
 # --- Settings ---
 
 
@@ -524,8 +527,6 @@ def make_pipeline(args: Args, captions: list[str]) -> StableDiffusionPipeline:
 
 def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusionPipeline:
     """A diffusers folder or hub id as a pipeline whose UNet is a teacher for these settings. Raises UserError."""
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
     way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
     with refuse(f"--{flag} {name} cannot be loaded", way_out):
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
