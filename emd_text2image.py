@@ -1086,7 +1086,8 @@ class Evaluator:
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
         elif set(self.texts) <= set(captioned):
-            real = [picture(text, seed) for seed, text in enumerate(self.texts)]
+            texts = captioned if args.pictures else self.texts  # equal pictures would have no distance between them
+            real = [picture(text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
         self.teacher_scores, features = self.score(setup.teacher_samples, evaluations)

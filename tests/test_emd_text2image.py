@@ -318,7 +318,7 @@ def captioned_pictures(path, captions):
                 shard.addfile(entry, io.BytesIO(content))
 
 
-def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, capsys):
+def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, capsys, monkeypatch):
     captions = ["grinning face", "Red heart", "flag: Åland Islands", "flag: Chad", "rat", "ox", "cat", "dog"]
     captioned_pictures(tmp_path / "emoji.tar", captions)
     args = settings(pictures=str(tmp_path / "emoji.tar"))
@@ -334,6 +334,10 @@ def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, cap
     assert code == 0, output
     student = json.loads((only(tmp_path / "runs") / "eval.json").read_text())["student"]
     assert "frechet_to_data" in student and "accuracy_all" not in student
+    evaluated, reference = [], t2i.Evaluator.extract
+    monkeypatch.setattr(t2i.Evaluator, "extract", lambda self, x: evaluated.append(x) or reference(self, x))
+    assert run_main(capsys, "--eval-only", only(tmp_path / "runs"))[0] == 0
+    assert len(np.unique(evaluated[0].numpy(), axis=0)) == len(evaluated[0]) == 8  # each picture once
     captioned_pictures(tmp_path / "none.tar", [])
     (tmp_path / "prompts.txt").write_text("a cat")
     for path in (tmp_path / "none.tar", "nowhere.tar"):  # before training, also where they are the reference alone
