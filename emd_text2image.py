@@ -1086,7 +1086,7 @@ class Evaluator:
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
         elif set(self.texts) <= set(captioned):
-            texts = captioned if args.pictures else self.texts  # equal pictures would have no distance between them
+            texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # drawn ones differ, others are equal
             real = [picture(text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))

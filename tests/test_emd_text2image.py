@@ -337,7 +337,7 @@ def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, cap
     evaluated, reference = [], t2i.Evaluator.extract
     monkeypatch.setattr(t2i.Evaluator, "extract", lambda self, x: evaluated.append(x) or reference(self, x))
     assert run_main(capsys, "--eval-only", only(tmp_path / "runs"))[0] == 0
-    assert len(np.unique(evaluated[0].numpy(), axis=0)) == len(evaluated[0]) == 8  # each picture once
+    assert len(np.unique(evaluated[0].numpy(), axis=0)) == len(evaluated[0]) == 4  # each picture once
     captioned_pictures(tmp_path / "none.tar", [])
     (tmp_path / "prompts.txt").write_text("a cat")
     for path in (tmp_path / "none.tar", "nowhere.tar"):  # before training, also where they are the reference alone
