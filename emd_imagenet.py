@@ -345,6 +345,7 @@ def read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
 
 
+@functools.cache
 def load_images(args: Args) -> Images:
     """The training images of --dataset. Raises UserError."""
     if args.dataset == "imagenet":

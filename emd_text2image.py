@@ -97,7 +97,7 @@ class Args:
     prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: of --pictures)
     image_size: int = 512  # height and width of a picture
     guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
-    text_cache_gb: float = 8.0  # captions are encoded once if their features fit (in each process), else when drawn
+    text_cache_gb: float = 8.0  # captions are encoded once if that fits into so much memory a process, else when drawn
     pictures: str = ""  # captioned pictures for --train-teacher, a webdataset .tar (empty: drawn shapes)
     train_teacher: bool = False  # train a pipeline on those first, kept in the run folder as teacher/
     vae_steps: int = 20_000  # updates of its autoencoder
@@ -486,7 +486,7 @@ def make_unet(args: Args) -> UNet:
     how = {"down_block_types": ["CrossAttnDownBlock2D"] * attends + ["DownBlock2D"]}
     how |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attends, "layers_per_block": args.unet_layers}
     how |= {"block_out_channels": args.unet_channels, "norm_num_groups": math.gcd(32, *args.unet_channels)}
-    how |= {"attention_head_dim": max(1, min(8, args.unet_channels[0] // 16))}  # diffusers' name for their number
+    how |= {"attention_head_dim": max(1, min(8, args.unet_channels[0] // 16))}  # diffusers: the number of heads
     return UNet(side, **how, cross_attention_dim=args.text_width)
 
 
@@ -1086,7 +1086,7 @@ class Evaluator:
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
         elif set(self.texts) <= set(captioned):
-            texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # drawn ones differ, others are equal
+            texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # only drawn ones of a caption differ
             real = [picture(text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
@@ -1426,7 +1426,7 @@ def dry_run(args: Args) -> None:
     chain = ((4 if args.moves_z else 2) + (args.guidance != 1)) * args.k + 3  # see docs: a backward pass counts as two
     exact = args.cancel == "exact"
     forwards = chain + 4 * args.score_updates + 3 * exact
-    forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1 + exact)  # again in the backward
+    forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1 + exact)  # computed again
     total = forwards * args.batch_size * args.total_steps * flops
     total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
     print(json.dumps(dataclasses.asdict(args), indent=2))

@@ -729,7 +729,7 @@ def decode(codebook: Codebook, tokens: Array) -> Array:
 
 
 def live_vocabulary(args: Args, codebook: Codebook) -> int:
-    """V: a power of two from 256 to K that holds all codes in use. Others are masked: V changes only the cost."""
+    """V: a power of two from 256 on, or K, that holds all codes in use. Others are masked: V changes only the cost."""
     return min(args.codebook_size, max(256, 1 << (int(codebook.size) - 1).bit_length()))
 
 

@@ -312,7 +312,7 @@ def captioned_pictures(path, captions):
         for i, caption in enumerate(captions):
             image = io.BytesIO()
             t2i.Image.new("RGB", (80, 60), (30 * i, 0, 0)).save(image, "PNG")
-            for kind, content in (("png", image.getvalue()), ("txt", f" {caption}\n".encode())):
+            for kind, content in (("png" if i else "PNG", image.getvalue()), ("txt", f" {caption}\n".encode())):
                 entry = tarfile.TarInfo(f"{i}.{kind}")
                 entry.size = len(content)
                 shard.addfile(entry, io.BytesIO(content))
@@ -650,7 +650,10 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         (["--teacher", foreign], "predicts sample"),
         (["--teacher", damaged], "damaged cannot be loaded"),
         (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
-        (["--teacher", short, "--t-max", 500, "--t-star", 700], "700 is beyond the teacher's last timestep 599"),
+        (
+            ["--teacher", short, "--t-max", 500, "--t-star", 700],
+            "--t-star 700 is beyond the teacher's last timestep 599",
+        ),
     ]
     for i, (flags, message) in enumerate(cases):
         code, error = run_main(capsys, *common, *flags, "--runs-dir", tmp_path / str(i))
