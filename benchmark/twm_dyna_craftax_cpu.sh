@@ -20,4 +20,4 @@ python benchmark/plot.py docs/media/twm_dyna_craftax_cpu.png \
   reward_percent,episodic_return,real_entropy \
   "world model=$results/twm_dyna_craftax_cpu.json" "PPO=$results/ppo_cnnrnn_craftax_100k.json"
 python benchmark/plot.py docs/media/twm_dyna_craftax_panels.png panels \
-  "world model, cpu preset=$results/twm_dyna_craftax_cpu.json"
+  "world model=$results/twm_dyna_craftax_cpu.json"
