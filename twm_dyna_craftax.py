@@ -79,6 +79,7 @@ class Args:
     num_steps: int = 96  # environment steps per rollout and environment (T)
     encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
     encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7 convolution, then the stages
+    encoder_norm: Literal["channel", "frame"] = "channel"  # what the CNN normalises: each channel, or all together
     gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
@@ -354,15 +355,18 @@ class Encoder(nn.Module):
 
     cells: bool
     channels: tuple[int, ...]
+    norm: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=self.dtype)
+        alone, together = {"num_groups": None, "group_size": 1}, {"num_groups": 1}
+        group = functools.partial(nn.GroupNorm, epsilon=1e-6, dtype=self.dtype)
+        norm = functools.partial(group, **(together if self.norm == "frame" else alone))
         settings, stages = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}, self.channels
         if self.cells:
             first, *stages = stages
-            cells = to_cells(norm(use_bias=False, use_scale=False)(x))
+            cells = to_cells(group(**alone, use_bias=False, use_scale=False)(x))
             x = nn.relu(nn.Dense(first, **settings)(cells)).reshape(len(x), GRID, GRID, -1)
         for features in stages:
             x = nn.Conv(features, (3, 3), **settings)(norm()(x))
@@ -419,7 +423,7 @@ class Policy(nn.Module):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
         name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # initial draws depend on it
-        encoder = Encoder(args.encoder == "cells", args.encoder_channels, dtype, name=name)
+        encoder = Encoder(args.encoder == "cells", args.encoder_channels, args.encoder_norm, dtype, name=name)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
         if args.gru:

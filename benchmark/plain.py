@@ -36,7 +36,8 @@ def encode_pixels(args: twm.Args, params: dict, x: Array) -> Array:
         return lax.conv_general_dilated(x, p["kernel"], (stride, stride), padding, dimension_numbers=layout) + p["bias"]
 
     def norm(number, x):
-        return normalise(x, (1, 2), 1e-6, params[f"GroupNorm_{number + cells}"])
+        axes = (1, 2, 3) if args.encoder_norm == "frame" else (1, 2)
+        return normalise(x, axes, 1e-6, params[f"GroupNorm_{number + cells}"])
 
     cells = args.encoder == "cells"
     params = params["CellEncoder_0" if cells else "ImpalaEncoder_0"]

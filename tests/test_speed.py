@@ -59,9 +59,9 @@ def assert_trees_close(found, expected, rtol, atol):
 
 
 @pytest.mark.parametrize("encoder, channels", [("cells", (16, 16)), ("impala", (4, 4, 8))])
-@pytest.mark.parametrize("gru", [True, False])
-def test_the_plain_policy(data, encoder, channels, gru):
-    args = dataclasses.replace(data.args, encoder=encoder, encoder_channels=channels, gru=gru)
+@pytest.mark.parametrize("gru, norm", [(True, "channel"), (False, "channel"), (True, "frame")])
+def test_the_plain_policy(data, encoder, channels, gru, norm):
+    args = dataclasses.replace(data.args, encoder=encoder, encoder_channels=channels, encoder_norm=norm, gru=gru)
     params = with_clear_preferences(twm.init_policy(args, jax.random.PRNGKey(5)).params)
     inputs = data.rollout.frames, data.rollout.resets, data.rollout.hidden[0]
     found = jax.jit(plain.policy, static_argnums=0)(args, params, *inputs)
