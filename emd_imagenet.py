@@ -129,7 +129,7 @@ class Args:
     channels_last: bool = False  # memory format of the UNets (faster convolutions on many devices)
 
     heun_steps: int = 40  # steps of the teacher's sampler, 2 n - 1 network evaluations
-    features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: a CNN trained here on the dataset)
+    features: str = ""  # TorchScript file, inception-2015-12-05.pt for FID (empty: a CNN trained here on the dataset)
     classifier_steps: int = 1500  # updates of that CNN, always from the same seed
     eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
     eval_batch_size: int = 250  # images generated at once in an evaluation
@@ -943,8 +943,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
-def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
-    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
+    name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
     as_given.num_features = real.shape[1]
     distance = FrechetInceptionDistance(as_given)
@@ -961,14 +962,14 @@ def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
 
 # --- Evaluation ---
 class Features(nn.Module):
-    """UInt8[B, C, H, W] -> features Float[B, D] and logits, from the TensorFlow Inception or from a small CNN that is
-    trained here, always from the same seed and batches, whatever --seed is: runs are measured with one ruler.
+    """UInt8[B, C, H, W] -> features Float[B, D] and logits, from a TorchScript file or from a small CNN that is trained
+    here, always from the same seed and batches, whatever --seed is: runs are measured with one ruler.
     """
 
     def __init__(self, args: Args, images: Images):
         super().__init__()
-        self.inception = bool(args.features)
-        if self.inception:
+        self.from_file = bool(args.features)
+        if self.from_file:
             way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
             with refuse(f"--features {args.features} cannot be loaded", way_out):
                 self.net = torch.jit.load(args.features, "cpu")
@@ -986,7 +987,7 @@ class Features(nn.Module):
             optimizer.step()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inception:
+        if self.from_file:
             images = images.expand(-1, 3, -1, -1)
             return self.net(images, return_features=True), self.net(images, no_output_bias=True).log()
         features = self.net(to_float(images))
@@ -1000,9 +1001,9 @@ class Evaluator:
         self.args, self.acc, self.labels = args, acc, torch.arange(args.eval_samples) % args.num_classes
         images = load_images(args)
         self.features = Features(args, images).to(acc.device).eval().requires_grad_(False)
-        digest = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in self.features.parameters())).hexdigest()
-        kind = "inception" if args.features else "classifier"
-        self.ruler = f"{kind}, {args.dataset} {args.image_size} px, weights {digest[:12]}"
+        weights = b"".join(value.cpu().numpy().tobytes() for value in self.features.state_dict().values())
+        kind = Path(args.features).stem if args.features else "classifier"
+        self.ruler = f"{kind}, {args.dataset} {args.image_size} px, weights {hashlib.sha256(weights).hexdigest()[:12]}"
         # As many images of each class as are generated, as far as there are.
         shuffled = torch.randperm(len(images.labels), generator=Noise("cpu", 0).generator)
         counts = self.labels.bincount(minlength=args.num_classes).tolist()
@@ -1037,11 +1038,12 @@ class Evaluator:
         features, logits = self.describe(pixels)
         inception_score = InceptionScore(nn.Identity())
         inception_score.update(logits)
-        scores["inception_score" if args.features else "classifier_score"] = float(inception_score.compute()[0])
+        inception = self.ruler.startswith("inception")
+        scores["inception_score" if inception else "classifier_score"] = float(inception_score.compute()[0])
         if not args.features:
             scores["label_accuracy"] = float((logits.argmax(1) == self.labels).double().mean())
         for reference, real in self.references.items():
-            compared = compare(real, features, "fid" if args.features else "frechet")
+            compared = compare(real, features, self.ruler)
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
         # Mean over pixels: a collapse shows here first.
         spread = [to_float(pixels[self.labels == c]).std(0).mean() for c in range(args.num_classes)]

@@ -139,7 +139,7 @@ class Args:
     ddim_steps: int = 25  # steps of the teacher's sampler
     eval_prompts: str = ""  # captions of evaluations, a file as for --prompts (empty: those)
     reference: str = ""  # folder of real pictures to compare with (empty: --pictures, or only the teacher)
-    features: str = ""  # TorchScript file inception-2015-12-05.pt, for FID (empty: mean colours of 4x4 regions)
+    features: str = ""  # TorchScript file, inception-2015-12-05.pt for FID (empty: mean colours of 4x4 regions)
     clip: str = ""  # folder of a CLIPModel, for a CLIP score (empty: none)
     eval_samples: int = 0  # pictures of an evaluation (0: none)
     eval_per_prompt: int = 4  # of which so many share a caption; their distances are the diversity
@@ -962,8 +962,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
-def compare(real: Tensor, fake: Tensor, name: str) -> dict[str, float]:
-    """Distances between two sets of features Float[N, D]; `name` is that of the Frechet distance."""
+def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
+    """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
+    name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
     as_given.num_features = real.shape[1]
     distance = FrechetInceptionDistance(as_given)
@@ -1017,7 +1018,7 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
 
 # --- Evaluation ---
 def load_features(args: Args, device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """A name, and UInt8[B, 3, H, W] -> Float[B, F]: the TensorFlow Inception's, or mean colours of 4x4 regions."""
+    """A name, and UInt8[B, 3, H, W] -> Float[B, F]: those of a TorchScript file, or mean colours of 4x4 regions."""
     if not args.features:
         return "mean colours of 4x4 regions", lambda images: adaptive_avg_pool2d(to_float(images), 4).flatten(1)
     with refuse(f"--features {args.features} cannot be loaded", "name inception-2015-12-05.pt, or leave it out"):
@@ -1118,7 +1119,7 @@ class Evaluator:
         torch.manual_seed(0)  # torchmetrics draws subsets from the global generator
         features, each = self.extract(pixels), args.eval_per_prompt
         for reference, real in self.references.items():
-            compared = compare(real, features, "fid" if args.features else "frechet")
+            compared = compare(real, features, self.ruler)
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
         scores |= diversity("diversity", features, each, torch.ones(len(features), dtype=torch.bool))
         if self.drawn:

@@ -1163,6 +1163,12 @@ def test_inception_features_and_logits(tmp_path):
         emd.Features(dataclasses.replace(args, features="nowhere.pt"), None)
 
 
+@pytest.mark.parametrize("ruler, name", [("inception-2015-12-05, digits", "fid"), ("efficientnet_lite0", "frechet")])
+def test_only_a_distance_on_inception_features_is_called_an_fid(ruler, name):
+    real, fake = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
+    assert name in emd.compare(real, fake, ruler) and {"fid", "frechet"} - {name} - {*emd.compare(real, fake, ruler)}
+
+
 def test_precision_and_recall_of_known_sets():
     real, normal = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), normal_from(1)
     assert emd.precision_recall(real, real) == (1.0, 1.0)
