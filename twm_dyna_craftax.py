@@ -93,6 +93,7 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
+    micro_batch_frames: int = 200  # a device's frames in one gradient, of which a larger batch takes the mean
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
     media_every: int = 20  # iterations between videos and pictures (0: none)
@@ -154,7 +155,7 @@ PRESETS = {
         preset="cpu", total_steps=100_000, num_steps=48, encoder="cells", encoder_channels=(192, 32), tower_size=512,
         anneal_learning_rate=True, gamma=0.95, gae_lambda=0.65, update_epochs=3, codebook_size=1024, context=6,
         wm_layers=2, wm_heads=3, wm_size=96, wm_updates=150, warmup_steps=40_000, imagination_updates=5,
-        imagination_envs=144, imagination_steps=6, save_every=10, media_every=10,
+        imagination_envs=144, imagination_steps=6, micro_batch_frames=1000, save_every=10, media_every=10,
     ),
     "smoke": Args(
         preset="smoke", total_steps=96, num_envs=4, num_steps=6, encoder="cells", encoder_channels=(16, 16),
@@ -555,33 +556,59 @@ def ppo_loss(params: Any, args: Args, norm: ValueNorm, rollout: Rollout, advanta
     return loss, logs
 
 
-def ppo_step(args: Args, policy: Learner, rollout: Rollout, advantages: Array, targets: Array) -> tuple[Learner, dict]:
-    """One gradient step; the target statistics move first, on the same minibatch."""
-    norm = policy.value_norm.update(targets, args.value_norm_decay)
-    grads, logs = jax.grad(ppo_loss, has_aux=True)(policy.params, args, norm, rollout, advantages, targets)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def begin_step(args: Args, envs: int, policy: Learner, targets: Array, index: int) -> tuple[ValueNorm, Any]:
+    """Statistics that have seen targets Float[T, B] of the index-th `envs` environments, and a gradient of zeros."""
+    seen = jax.lax.dynamic_slice_in_dim(targets, index * envs, envs, axis=1)
+    return policy.value_norm.update(seen, args.value_norm_decay), jax.tree.map(jnp.zeros_like, policy.params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def add_gradient(
+    args: Args, envs: int, params: Any, norm: ValueNorm, batch: tuple[Rollout, Array, Array], grads: Any, index: int
+) -> tuple[Any, dict]:
+    """grads + those of ppo_loss on the index-th `envs` environments, and its logs."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * envs, slice_size=envs, axis=1)
+    new, logs = jax.grad(ppo_loss, has_aux=True)(params, args, norm, *split_batch(jax.tree.map(take, batch), axis=1))
+    return jax.tree.map(jnp.add, grads, new), logs
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def end_step(args: Args, policy: Learner, norm: ValueNorm, grads: Any, logs: list[dict]) -> tuple[Learner, dict]:
+    """Adam, on the mean of as many gradients as there are logs."""
+    grads, logs = jax.tree.map(lambda x: x / len(logs), grads), jax.tree.map(lambda *x: sum(x) / len(x), *logs)
     updates, opt_state = policy_adam(args).update(grads, policy.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
     return Learner(optax.apply_updates(policy.params, updates), opt_state, norm), logs
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def ppo_minibatch_step(
-    args: Args, policy: Learner, rollout: Rollout, advantages: Array, targets: Array, index: int
+def ppo_step(
+    args: Args, policy: Learner, batch: tuple[Rollout, Array, Array], envs: int, index: int = 0
 ) -> tuple[Learner, dict]:
-    """ppo_step on the index-th group of whole environments."""
-    size = args.num_envs // args.num_minibatches
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size, axis=1)
-    return ppo_step(args, policy, *split_batch(jax.tree.map(take, (rollout, advantages, targets)), axis=1))
+    """One gradient step on the index-th `envs` environments of (rollout, advantages, targets), on whose targets the
+    statistics move first. Its gradient is the mean over groups of environments that are small enough for the memory. A
+    Python loop, because XLA's CPU backend runs the gradient of a convolution many times slower inside lax.scan.
+    """
+    group = gradient_group(args, envs, len(batch[1]))
+    (norm, grads), logs = begin_step(args, envs, policy, batch[2], index), []
+    for i in range(envs // group):
+        grads, log = add_gradient(args, group, policy.params, norm, batch, grads, index * (envs // group) + i)
+        logs.append(log)
+    return end_step(args, policy, norm, grads, logs)
+
+
+def gradient_group(args: Args, envs: int, steps: int) -> int:
+    """The most environments whose frames may enter one gradient: a part of `envs` that devices can share."""
+    devices = jax.device_count()
+    sizes = [size for size in range(devices, envs + 1, devices) if envs % size == 0]
+    return max((size for size in sizes if size // devices * steps <= args.micro_batch_frames), default=sizes[0])
 
 
 def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, dict[str, float]]:
-    """Epochs over a real rollout in minibatches of whole environments, in fixed order. A Python loop, because XLA's CPU
-    backend runs the gradient of a convolution many times slower inside lax.scan.
-    """
-    advantages, targets = advantages_and_targets(args, policy.value_norm, rollout)
-    logs = []
+    """Epochs over a real rollout in minibatches of whole environments, in fixed order."""
+    batch, logs = (rollout, *advantages_and_targets(args, policy.value_norm, rollout)), []
     for index in args.update_epochs * [*range(args.num_minibatches)]:
-        policy, log = ppo_minibatch_step(args, policy, rollout, advantages, targets, index)
+        policy, log = ppo_step(args, policy, batch, args.num_envs // args.num_minibatches, index)
         logs.append(log)
     return policy, mean_of(logs)
 
@@ -1008,16 +1035,16 @@ def imagine(
     return Rollout(*outputs, hidden[None], last_value[None])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def imagination_step(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def imagined_batch(
     args: Args, vocab: int, policy: Learner, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
-) -> tuple[Learner, dict]:
-    """One imagined rollout from random places of the replay and one PPO step on all of it: on-policy, ratio 1."""
+) -> tuple[tuple[Rollout, Array, Array], dict]:
+    """An imagined rollout from random places of the replay, its advantages and targets; and its rates."""
     key_windows, key_rollout = jax.random.split(key)
     windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
     rollout = imagine(args, vocab, policy, wm_params, codebook, windows, key_rollout)
-    policy, logs = ppo_step(args, policy, rollout, *advantages_and_targets(args, policy.value_norm, rollout))
-    return policy, {**logs, "reward_rate": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
+    rates = {"reward_rate": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
+    return (rollout, *advantages_and_targets(args, policy.value_norm, rollout)), rates
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -1098,8 +1125,9 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     # 4. PPO on imagined rollouts, once the warmup is over.
     warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
     for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
-        policy, one = imagination_step(args, live[0], policy, model.params, codebook, replay, key)
-        log.append(one)
+        batch, rates = imagined_batch(args, live[0], policy, model.params, codebook, replay, key)
+        policy, one = ppo_step(args, policy, batch, args.imagination_envs)  # one step on all of it: ratio 1
+        log.append(one | rates)
     logs["losses/imagined"] = mean_of(log)
     clock.lap("imagination")
 
@@ -1165,10 +1193,14 @@ def dry_run(args: Args) -> None:
         print(f"{name:<14} {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters")
     for name, (iterations, updates, work) in plan.items():
         print(f"{name:<14} {iterations} iterations of {updates} gradient steps, {work / 1e12:.4g} TFLOP each")
-    dream_step = imagination_step.lower(args, vocab, state.policy, state.model.params, state.codebook, replay, key)
-    step_gb, dream_gb = (x.memory_analysis().temp_size_in_bytes / 1e9 for x in (train_step, dream_step.compile()))
+    inputs = args, vocab, state.policy, state.model.params, state.codebook, replay, key
+    batch, params = jax.eval_shape(imagined_batch, *inputs)[0], state.policy.params
+    group = gradient_group(args, args.imagination_envs, args.imagination_steps)
+    gradient = add_gradient.lower(args, group, params, state.policy.value_norm, batch, params, 0).compile()
+    programs = train_step, imagined_batch.lower(*inputs).compile(), gradient
+    step_gb, *dream_gb = (program.memory_analysis().temp_size_in_bytes / 1e9 for program in programs)
     print(f"memory         state {size_in_bytes(state) / 1e9:.2f} GB, replay included; on top of it")
-    print(f"               a world-model step {step_gb:.2f} GB, or an imagined update {dream_gb:.2f} GB")
+    print(f"               a world-model step {step_gb:.2f} GB, or an imagined update {max(dream_gb):.2f} GB")
     tokens = args.wm_batch_size * args.context * BLOCK
     eta = sum(n * work for n, _, work in plan.values()) / flop * seconds
     print(f"tokens         {tokens:,} in a world-model step, {tokens * args.wm_updates:,} in an iteration")

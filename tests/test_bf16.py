@@ -17,9 +17,9 @@ def learn_policy(args, rollouts):
     policy, logs = twm.init_policy(args, jax.random.PRNGKey(0)), []
     while len(logs) < STEPS:
         for one in rollouts.all:
-            advantages, targets = twm.advantages_and_targets(args, policy.value_norm, one.rollout)
+            batch = one.rollout, *twm.advantages_and_targets(args, policy.value_norm, one.rollout)
             for index in range(args.num_minibatches):
-                policy, log = twm.ppo_minibatch_step(args, policy, one.rollout, advantages, targets, index)
+                policy, log = twm.ppo_step(args, policy, batch, args.num_envs // args.num_minibatches, index)
                 logs.append(log)
     return policy, logs[:STEPS]
 

@@ -169,7 +169,8 @@ def test_the_imagined_update_is_on_policy(dream):
     before = jax.device_get(dream.policy.params)
     policy = jax.tree.map(jnp.copy, dream.policy)
     key = jax.random.PRNGKey(5)
-    policy, logs = twm.imagination_step(args, 256, policy, dream.params, dream.codebook, replay, key)
+    batch, _ = twm.imagined_batch(args, 256, policy, dream.params, dream.codebook, replay, key)
+    policy, logs = twm.ppo_step(args, policy, batch, args.imagination_envs)
     assert abs(logs["approx_kl"]) < 1e-6 and logs["clip_fraction"] == 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(policy.params))
     # Adam's first step moves each parameter that has a gradient by about the learning rate.

@@ -1,8 +1,11 @@
 """PPO: advantages, value targets, the recurrent policy, its loss, and the sizes that the paper names."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import state_of, with_clear_preferences
 
@@ -216,11 +219,12 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_moves_afterwards(rollouts):
     assert np.abs(one.rollout.hidden).max() > 1e-3, "choose a rollout that starts amid an episode"
     state = twm.init_policy(args, jax.random.PRNGKey(0)).replace(params=rollouts.params)
     advantages, targets = twm.advantages_and_targets(args, state.value_norm, one.rollout)
+    size = args.num_envs // args.num_minibatches
     for index in range(args.num_minibatches):  # each first, from the policy that acted
         fresh = jax.tree.map(jnp.copy, state)
-        after, logs = twm.ppo_minibatch_step(args, fresh, one.rollout, advantages, targets, index)
+        after, logs = twm.ppo_step(args, fresh, (one.rollout, advantages, targets), size, index)
         assert abs(logs["approx_kl"]) < 1e-6 and logs["clip_fraction"] == 0
-    _, logs = twm.ppo_minibatch_step(args, after, one.rollout, advantages, targets, 0)
+    _, logs = twm.ppo_step(args, after, (one.rollout, advantages, targets), size, 0)
     assert logs["approx_kl"] > 1e-6
 
 
@@ -231,9 +235,40 @@ def test_minibatches_are_whole_environments_in_order(rollouts):
     part = jax.tree.map(lambda leaf: leaf[:, 2:], (rollout, advantages, targets))  # the second of two pairs
     norm = state.value_norm.update(part[2], args.value_norm_decay)
     _, expected = jax.jit(twm.ppo_loss, static_argnums=1)(state.params, args, norm, *part)
-    _, logs = twm.ppo_minibatch_step(args, state, rollout, advantages, targets, 1)
+    _, logs = twm.ppo_step(args, state, (rollout, advantages, targets), 2, 1)
     for name in ("loss", "policy_loss", "value_loss", "entropy"):
         np.testing.assert_allclose(logs[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_step_on_small_groups_is_the_step_on_all_of_them(rollouts):
+    rollout, after = rollouts.all[1].rollout, {}
+    steps, envs = rollout.rewards.shape
+    for frames in (steps, steps * envs):
+        args = dataclasses.replace(rollouts.args, micro_batch_frames=frames)
+        assert twm.gradient_group(args, envs, steps) == frames // steps
+        state = twm.init_policy(args, jax.random.PRNGKey(0)).replace(params=jax.tree.map(jnp.copy, rollouts.params))
+        batch = rollout, *twm.advantages_and_targets(args, state.value_norm, rollout)
+        after[frames] = twm.ppo_step(args, state, batch, envs)
+    (one_by_one, logs), (at_once, expected) = after.values()
+    for name in expected:
+        np.testing.assert_allclose(logs[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    # Adam's first moment is a tenth of the clipped gradient: no division by its size yet.
+    moments = [optax.tree.get(learner.opt_state, "mu") for learner in (one_by_one, at_once)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *moments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one_by_one.value_norm, at_once.value_norm)
+
+
+def test_groups_fill_the_devices_and_divide_the_batch(monkeypatch):
+    paper, fits = twm.PRESETS["paper"], {}
+    for devices in (1, 2, 8):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        envs = paper.num_envs // (8 if devices < 8 else 6)
+        fits[devices] = [
+            twm.gradient_group(paper, envs, paper.num_steps),
+            twm.gradient_group(paper, paper.imagination_envs, paper.imagination_steps),
+            twm.gradient_group(dataclasses.replace(paper, micro_batch_frames=1), envs, paper.num_steps),
+        ]
+    assert fits == {1: [2, 8, 1], 2: [2, 16, 2], 8: [8, 48, 8]}
 
 
 @pytest.mark.parametrize("anneal", [False, True])

@@ -78,7 +78,7 @@ def test_the_plain_policy_updates(data):
     found = jax.jit(plain.policy_updates, static_argnums=0)(args, data.policy, stacked)
     expected = copy(data.policy)
     for i in range(2):
-        expected, _ = twm.ppo_minibatch_step(args, expected, *batch, i)
+        expected, _ = twm.ppo_step(args, expected, batch, size, i)
     # Adam divides by the size of a gradient: of the smallest ones, rounding decides the direction.
     assert_trees_close(found.value_norm, expected.value_norm, rtol=1e-5, atol=1e-6)
     assert_trees_close(found.params, expected.params, rtol=1e-3, atol=1e-4)
@@ -156,7 +156,8 @@ def test_every_timed_program_takes_the_arguments_it_is_given():
     studies = speed.growth_programs().values()
     programs = [program for part in parts for program in (part.ours, part.plain)]
     for program in [*programs, *(program for study in studies for program in study.values())]:
-        program.function.eval_shape(*program.static, *program.data())
+        function, *inputs = program.largest or (program.function, *program.static, *program.data())
+        function.eval_shape(*inputs)
     assert len(programs) == 2 * len(set(speed.GOALS) - {"iteration"} | {"rollout", "policy_forward"})
 
 
