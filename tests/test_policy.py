@@ -228,8 +228,9 @@ def test_the_ratio_is_one_in_the_first_minibatch_and_moves_afterwards(rollouts):
     assert logs["approx_kl"] > 1e-6
 
 
-def test_minibatches_are_whole_environments_in_order(rollouts):
-    args, rollout = rollouts.args, rollouts.all[1].rollout
+@pytest.mark.parametrize("frames", [200, 1])
+def test_minibatches_are_whole_environments_in_order(rollouts, frames):
+    args, rollout = dataclasses.replace(rollouts.args, micro_batch_frames=frames), rollouts.all[1].rollout
     state = twm.init_policy(args, jax.random.PRNGKey(0))
     advantages, targets = twm.advantages_and_targets(args, state.value_norm, rollout)
     part = jax.tree.map(lambda leaf: leaf[:, 2:], (rollout, advantages, targets))  # the second of two pairs
