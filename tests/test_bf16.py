@@ -44,7 +44,7 @@ CASES = [(learn_policy, "value_loss", 0.1), (learn_world_model, "token_loss", 0.
 
 @pytest.mark.parametrize("learn, name, tolerance", CASES)
 def test_losses_follow_fp32_over_200_steps(learn, name, tolerance, rollouts, tiny):
-    """Means over twenty steps each; those of PPO, where a different action probability changes what is learnt next,
+    """Means over fifty steps each; those of PPO, where a different action probability changes what is learnt next,
     stay within a tenth, those of the world model within a fiftieth.
     """
     curves = []
@@ -53,7 +53,7 @@ def test_losses_follow_fp32_over_200_steps(learn, name, tolerance, rollouts, tin
         curves.append(np.array([float(log[name]) for log in logs]))
         assert {leaf.dtype for leaf in jax.tree.leaves((learner.params, learner.value_norm))} == {np.dtype("float32")}
         assert all(leaf.dtype == np.float32 for log in logs for leaf in log.values())
-    fp32, bf16 = (curve.reshape(10, -1).mean(1) for curve in curves)
-    assert fp32[-1] < 0.6 * fp32[0]  # there was something to follow
+    assert curves[0][-20:].mean() < 0.8 * curves[0][:20].mean()  # there was something to follow
+    fp32, bf16 = (curve.reshape(4, -1).mean(1) for curve in curves)
     np.testing.assert_allclose(bf16, fp32, rtol=tolerance)
     assert not np.array_equal(*curves)  # bf16 was used
