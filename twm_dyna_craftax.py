@@ -109,6 +109,7 @@ class Args:
     wm_dropout: float = 0.1  # on embeddings, attention weights and residual branches, in training only
     wm_learning_rate: float = 1e-3  # Adam step size of the world model, constant
     wm_batch_size: int = 16  # sequences of context + 1 frames per gradient step
+    wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
     replay_size: int = 128_000  # transitions kept, first in first out, all environments together
     warmup_steps: int = 200_000  # environment steps before the policy learns from imagined rollouts (T_BP)
@@ -911,6 +912,7 @@ def world_model_loss(
 ) -> tuple[Array, dict]:
     """[TWM] cross-entropies of next tokens, reward class (1 for an achievement; health terms are dropped) and
     termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
+    Only "loss", the first value, knows --wm-inventory-weight.
     key: of dropout; None: without.
     """
     tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
@@ -918,10 +920,12 @@ def world_model_loss(
     apply = functools.partial(WorldModel(args).apply, rngs={} if key is None else {"dropout": key})
     logits, reward, done = apply({"params": params}, inputs, windows.actions[:, :-1], vocab, size, key is None)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    logs = {"token_loss": cross_entropy(logits, labels).mean()}
+    token_losses = cross_entropy(logits, labels)  # Float[B, T, 81]
+    logs = {"token_loss": token_losses.mean()}
     logs["reward_loss"] = cross_entropy(reward, (rewards >= 0.5).astype(jnp.int32)).mean()
     logs["done_loss"] = cross_entropy(done, dones.astype(jnp.int32)).mean()
-    logs["loss"] = loss = sum(logs.values())
+    weights = jnp.ones(GRID**2).at[-2 * GRID :].set(args.wm_inventory_weight)  # the inventory: the last two rows
+    logs["loss"] = loss = (weights * token_losses).mean() + logs["reward_loss"] + logs["done_loss"]
     best, changed = logits.max(-1), labels != inputs  # on a CPU an argmax would take 4 % of the step
     right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] == best
     logs["token_accuracy"] = right.mean()

@@ -150,6 +150,10 @@ def test_the_loss_is_three_cross_entropies_on_the_right_labels(small, forward):
     for name, value in expected.items():
         np.testing.assert_allclose(logs[name], value, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-4)
+    weighted = dataclasses.replace(args, wm_inventory_weight=3.0)  # two cells more for each of 18 among 81
+    heavier, same = jax.jit(twm.world_model_loss, static_argnums=(1, 2))(params, weighted, 256, 200, windows, None)
+    np.testing.assert_allclose(heavier - loss, 2 * 18 / 81 * pick(logits[:, :, 63:], labels[:, :, 63:]), rtol=1e-3)
+    assert same["token_loss"] == logs["token_loss"] and same["loss"] == heavier
     right, changed = np.asarray(logits).argmax(-1) == labels, labels != tokens[:, :-1]
     np.testing.assert_allclose(logs["token_accuracy"], right.mean(), rtol=1e-5)
     np.testing.assert_allclose(logs["changed_token_accuracy"], right[changed].mean(), rtol=1e-5)
