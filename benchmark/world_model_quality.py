@@ -406,12 +406,14 @@ def measure_run(folder: Path, num_envs: int, num_steps: int, seed: int) -> tuple
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
-    parser.add_argument("--name", default="world_model_quality", help="of the result file and of the pictures")
+    parser.add_argument("--name", help="of the result file and of the pictures (none: that of the first run folder)")
     parser.add_argument("--num-envs", type=int, default=32, help="environments, each with worlds of its own")
     parser.add_argument("--num-steps", type=int, default=500, help="held-out steps of each environment")
     parser.add_argument("--seed", type=int, default=20_000_000, help="of worlds and samples: one that no run used")
-    parser.add_argument("--media", type=Path, default=ROOT / "docs" / "media", help="folder for the pictures")
+    parser.add_argument("--media", type=Path, help="folder for the pictures (none: media/ of the first run folder)")
     flags, runs = parser.parse_args(argv), []
+    first = Path(flags.folders[0]).resolve()
+    flags.name, flags.media = flags.name or first.name, flags.media or first / "media"
     flags.media.mkdir(parents=True, exist_ok=True)
     for i, folder in enumerate(flags.folders):
         try:
