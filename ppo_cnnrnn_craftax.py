@@ -10,7 +10,7 @@ Papers: [TWM] "Improving Transformer World Models for Data-Efficient RL" arXiv:2
 [PPO] arXiv:1707.06347, [GAE] arXiv:1506.02438. Details, deviations, results: docs/ppo_cnnrnn_craftax.md
 
     python ppo_cnnrnn_craftax.py --total-steps 1000000        # the paper's setting, 1M environment steps
-    python ppo_cnnrnn_craftax.py --preset cpu                 # the same algorithm at a size two cores finish
+    python ppo_cnnrnn_craftax.py --preset cpu                 # smaller; another encoder, gamma, lambda, annealing
     python ppo_cnnrnn_craftax.py --preset smoke               # a minute: learns nothing, touches everything
     python ppo_cnnrnn_craftax.py --resume runs/RUN_FOLDER     # goes on where that run stopped
     python ppo_cnnrnn_craftax.py --eval-only runs/RUN_FOLDER  # scores that run's policy: eval.json and a video
@@ -76,12 +76,12 @@ class Args:
     num_steps: int = 96  # environment steps per rollout and environment (T)
     encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
     encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7 convolution, then the stages
-    encoder_norm: Literal["channel", "frame"] = "channel"  # what the CNN normalises: each channel, or all together
+    encoder_norm: Literal["channel", "frame"] = "channel"  # what CNN layers normalise: each channel, or all together
     gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
     learning_rate: float = 4.5e-4  # Adam step size of the policy
-    anneal_learning_rate: bool = False  # linearly, to 0 at --total-steps (whether the paper does is unknown)
+    anneal_learning_rate: bool = False  # an iteration at a time, to 0 at --total-steps (unknown whether the paper does)
     max_grad_norm: float = 0.5  # every gradient is clipped to this global norm
     gamma: float = 0.925  # discount
     gae_lambda: float = 0.625  # lambda of GAE
@@ -90,10 +90,10 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
-    micro_batch_frames: int = 200  # a device's frames in one gradient, of which a larger batch takes the mean
+    micro_batch_frames: int = 200  # of one gradient on a device, one sequence at least; more: the mean of gradients
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
-    media_every: int = 20  # iterations between videos and pictures (0: none)
+    media_every: int = 20  # iterations between videos and pictures (0: none but the evaluation's)
     eval_episodes: int = 48  # episodes of the final evaluation, stochastic and greedy each (0: none)
     # --- end shared block: policy flags ---
 
@@ -111,10 +111,6 @@ class Args:
         return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
 
     # --- end shared block: derived settings ---
-
-    @property
-    def annealing(self) -> dict[int, float]:  # gradient steps from the start -> share of the step size then left
-        return {self.num_iterations * self.update_epochs * self.num_minibatches: 1.0 - self.anneal_learning_rate}
 
 
 # fmt: off
@@ -196,8 +192,8 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
     if folder := args.resume or args.eval_only:
-        before = json.loads((Path(folder) / "args.json").read_text())["num_steps"]
-        reason = f"is not the {before} by which this run counts its steps: leave it out"
+        before = json.loads((Path(folder) / "args.json").read_text()).get("num_steps")
+        reason = f"is not what args.json says ({before}), by which this run counts its steps: leave it out"
         require(args, "num_steps", args.num_steps == before, reason)
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
@@ -436,7 +432,7 @@ class ValueNorm:
 
 @struct.dataclass
 class Learner:
-    """What training moves: of the policy, and without value_norm of the world model."""
+    """Parameters and optimiser state of one network; only the policy has a value_norm."""
 
     params: Any
     opt_state: Any
@@ -458,12 +454,13 @@ class Rollout:
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
-def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
+def adam(args: Args, learning_rate: float | Array) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
 
 
 def policy_adam(args: Args) -> optax.GradientTransformation:
-    return adam(args, optax.piecewise_interpolate_schedule("linear", args.learning_rate, args.annealing))
+    """Its state holds the learning rate, which ppo_update sets."""
+    return optax.inject_hyperparams(adam)(args, args.learning_rate)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -474,7 +471,7 @@ def init_policy(args: Args, key: Array) -> Learner:
 
 
 def act(args: Args, params: Any, frame: Array, reset: Array, hidden: Array, key: Array, greedy: Array) -> tuple:
-    """One step of B policies: actions Int[B] (the likeliest ones if greedy), logprobs, normalised values, hidden."""
+    """One step in B environments: actions Int[B] (the likeliest if greedy), logprobs, normalised values, hidden."""
     logits, values, hidden = Policy(args).apply({"params": params}, frame[None], reset[None], hidden)
     actions = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(key, logits[0]))
     logprobs = jnp.take_along_axis(nn.log_softmax(logits[0]), actions[:, None], axis=-1)[:, 0]
@@ -557,8 +554,10 @@ def gradient_group(args: Args, envs: int, steps: int) -> int:
     return max((size for size in sizes if size // devices * steps <= args.micro_batch_frames), default=sizes[0])
 
 
-def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, dict[str, float]]:
-    """Epochs over a real rollout in minibatches of whole environments, in fixed order."""
+def ppo_update(args: Args, policy: Learner, rollout: Rollout, iteration: Array) -> tuple[Learner, dict[str, float]]:
+    """Epochs over a real rollout in minibatches of whole environments, in fixed order, with this iteration's step."""
+    rate = args.learning_rate * jnp.where(args.anneal_learning_rate, 1 - iteration / args.num_iterations, 1.0)
+    policy = policy.replace(opt_state=optax.tree.set(policy.opt_state, learning_rate=rate))
     batch, logs = (rollout, *advantages_and_targets(args, policy.value_norm, rollout)), []
     for index in args.update_epochs * [*range(args.num_minibatches)]:
         policy, log = ppo_step(args, policy, batch, args.num_envs // args.num_minibatches, index)
@@ -665,7 +664,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     env, rollout, records = collect(args, state.policy.params, state.env, key, False)
     sums = add_episodes(state.episode_sums, records)
     clock.lap("collect", sums)
-    policy, log = ppo_update(args, state.policy, rollout)
+    policy, log = ppo_update(args, state.policy, rollout, state.iteration)
     clock.lap("policy_real")
     logs = {f"losses/real_{name}": value for name, value in log.items()}
     logs |= episode_charts(sums) | clock.summary(args.num_envs * args.num_steps)
@@ -689,7 +688,6 @@ def dry_run(args: Args) -> None:
     print(f"checkpoint {size_in_bytes(state) / 1e9:.3f} GB")
 
 
-# --- Run folder ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
@@ -807,7 +805,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     stored = manager.item_metadata(step).state
-                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax would cut or pad arrays of other sizes
+                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax refuses too, but not silently
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint

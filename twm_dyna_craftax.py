@@ -10,7 +10,7 @@ Papers: [TWM] "Improving Transformer World Models for Data-Efficient RL" arXiv:2
 [GAE] arXiv:1506.02438, [RoPE] arXiv:2104.09864. Details, deviations, results: docs/twm_dyna_craftax.md
 
     python twm_dyna_craftax.py --total-steps 1000000        # the paper's setting, 1M environment steps
-    python twm_dyna_craftax.py --preset cpu                 # the same algorithm at a size two cores finish
+    python twm_dyna_craftax.py --preset cpu                 # smaller; another encoder, gamma, lambda, annealing
     python twm_dyna_craftax.py --preset smoke               # a minute or two: learns nothing, touches everything
     python twm_dyna_craftax.py --resume runs/RUN_FOLDER     # goes on where that run stopped
     python twm_dyna_craftax.py --eval-only runs/RUN_FOLDER  # scores that run's policy: eval.json and a video
@@ -79,12 +79,12 @@ class Args:
     num_steps: int = 96  # environment steps per rollout and environment (T)
     encoder: Literal["impala", "cells"] = "impala"  # the paper's residual CNN, or a CNN aligned with the 9x9 map cells
     encoder_channels: tuple[int, ...] = (64, 64, 128)  # of the stages; of cells: the 7x7 convolution, then the stages
-    encoder_norm: Literal["channel", "frame"] = "channel"  # what the CNN normalises: each channel, or all together
+    encoder_norm: Literal["channel", "frame"] = "channel"  # what CNN layers normalise: each channel, or all together
     gru: bool = True  # without it the policy has no memory: its towers read the CNN alone
     gru_size: int = 256  # units of the GRU
     tower_size: int = 2048  # width of the actor's and of the critic's tower
     learning_rate: float = 4.5e-4  # Adam step size of the policy
-    anneal_learning_rate: bool = False  # linearly, to 0 at --total-steps (whether the paper does is unknown)
+    anneal_learning_rate: bool = False  # an iteration at a time, to 0 at --total-steps (unknown whether the paper does)
     max_grad_norm: float = 0.5  # every gradient is clipped to this global norm
     gamma: float = 0.925  # discount
     gae_lambda: float = 0.625  # lambda of GAE
@@ -93,10 +93,10 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
-    micro_batch_frames: int = 200  # a device's frames in one gradient, of which a larger batch takes the mean
+    micro_batch_frames: int = 200  # of one gradient on a device, one sequence at least; more: the mean of gradients
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
-    media_every: int = 20  # iterations between videos and pictures (0: none)
+    media_every: int = 20  # iterations between videos and pictures (0: none but the evaluation's)
     eval_episodes: int = 48  # episodes of the final evaluation, stochastic and greedy each (0: none)
     # --- end shared block: policy flags ---
 
@@ -137,16 +137,6 @@ class Args:
     def imagining_iterations(self) -> int:  # those that end after the warmup
         warmup = max(0, (self.warmup_steps - 1) // (self.num_envs * self.num_steps))
         return max(0, self.num_iterations - warmup)
-
-    @property
-    def annealing(self) -> dict[int, float]:
-        """Gradient steps of the policy from the start -> share of the step size then left: linear in environment steps,
-        of which iterations that imagine take more gradient steps.
-        """
-        real, imagining = self.update_epochs * self.num_minibatches, self.imagining_iterations
-        warmup = (self.num_iterations - imagining) * real
-        total = warmup + imagining * (real + self.imagination_updates)
-        return {warmup: imagining / self.num_iterations, total: 0.0} if self.anneal_learning_rate else {total: 1.0}
 
 
 # fmt: off
@@ -244,8 +234,8 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
     if folder := args.resume or args.eval_only:
-        before = json.loads((Path(folder) / "args.json").read_text())["num_steps"]
-        reason = f"is not the {before} by which this run counts its steps: leave it out"
+        before = json.loads((Path(folder) / "args.json").read_text()).get("num_steps")
+        reason = f"is not what args.json says ({before}), by which this run counts its steps: leave it out"
         require(args, "num_steps", args.num_steps == before, reason)
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
@@ -484,7 +474,7 @@ class ValueNorm:
 
 @struct.dataclass
 class Learner:
-    """What training moves: of the policy, and without value_norm of the world model."""
+    """Parameters and optimiser state of one network; only the policy has a value_norm."""
 
     params: Any
     opt_state: Any
@@ -506,12 +496,13 @@ class Rollout:
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
-def adam(args: Args, learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
+def adam(args: Args, learning_rate: float | Array) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
 
 
 def policy_adam(args: Args) -> optax.GradientTransformation:
-    return adam(args, optax.piecewise_interpolate_schedule("linear", args.learning_rate, args.annealing))
+    """Its state holds the learning rate, which ppo_update sets."""
+    return optax.inject_hyperparams(adam)(args, args.learning_rate)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -522,7 +513,7 @@ def init_policy(args: Args, key: Array) -> Learner:
 
 
 def act(args: Args, params: Any, frame: Array, reset: Array, hidden: Array, key: Array, greedy: Array) -> tuple:
-    """One step of B policies: actions Int[B] (the likeliest ones if greedy), logprobs, normalised values, hidden."""
+    """One step in B environments: actions Int[B] (the likeliest if greedy), logprobs, normalised values, hidden."""
     logits, values, hidden = Policy(args).apply({"params": params}, frame[None], reset[None], hidden)
     actions = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(key, logits[0]))
     logprobs = jnp.take_along_axis(nn.log_softmax(logits[0]), actions[:, None], axis=-1)[:, 0]
@@ -605,8 +596,10 @@ def gradient_group(args: Args, envs: int, steps: int) -> int:
     return max((size for size in sizes if size // devices * steps <= args.micro_batch_frames), default=sizes[0])
 
 
-def ppo_update(args: Args, policy: Learner, rollout: Rollout) -> tuple[Learner, dict[str, float]]:
-    """Epochs over a real rollout in minibatches of whole environments, in fixed order."""
+def ppo_update(args: Args, policy: Learner, rollout: Rollout, iteration: Array) -> tuple[Learner, dict[str, float]]:
+    """Epochs over a real rollout in minibatches of whole environments, in fixed order, with this iteration's step."""
+    rate = args.learning_rate * jnp.where(args.anneal_learning_rate, 1 - iteration / args.num_iterations, 1.0)
+    policy = policy.replace(opt_state=optax.tree.set(policy.opt_state, learning_rate=rate))
     batch, logs = (rollout, *advantages_and_targets(args, policy.value_norm, rollout)), []
     for index in args.update_epochs * [*range(args.num_minibatches)]:
         policy, log = ppo_step(args, policy, batch, args.num_envs // args.num_minibatches, index)
@@ -1107,7 +1100,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     clock.lap("collect", sums)
 
     # 2. PPO on them.
-    policy, logs["losses/real"] = ppo_update(args, state.policy, rollout)
+    policy, logs["losses/real"] = ppo_update(args, state.policy, rollout, state.iteration)
     clock.lap("policy_real")
 
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
@@ -1164,7 +1157,7 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
 
 
 def world_model_flop(args: Args, vocab: int, steps: int) -> int:
-    """Products of a forward pass over one sequence. A token meets those of its own and of earlier steps."""
+    """FLOP of the products of a forward pass over one sequence. A token meets those of its own and of earlier steps."""
     layer = 24 * steps * BLOCK * args.wm_size**2 + 2 * args.wm_size * BLOCK**2 * steps * (steps + 1)
     return args.wm_layers * layer + 2 * steps * (BLOCK - 1) * args.wm_size * (args.wm_size + vocab)
 
@@ -1212,7 +1205,6 @@ def dry_run(args: Args) -> None:
     print(f"ETA            {eta / 3600:.1f} h at that speed, the environment's own time not included")
 
 
-# --- Run folder ---
 # --- shared block: run folder ---
 class Run:
     """The run folder: args.json, a copy of the script, metrics.jsonl, checkpoints/, media/; and W&B with --track.
@@ -1330,7 +1322,7 @@ def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     stored = manager.item_metadata(step).state
-                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax would cut or pad arrays of other sizes
+                    if size_in_bytes(stored) != size_in_bytes(like):  # Orbax refuses too, but not silently
                         raise ValueError("its arrays have other sizes")
                     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
                 except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint

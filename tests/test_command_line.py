@@ -114,13 +114,14 @@ def test_flags_beside_a_preset_win_over_it(call_main, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "3", '{"no_such_flag": 1}', '{"num_envs": "four"}', '{"num_envs": null}', '{"gamma": [0, 1]}'],
+    ["{", "{}", "[]", "3", '{"no_such_flag": 1}', '{"num_envs": "four"}', '{"num_envs": null}', '{"gamma": [0, 1]}'],
 )
 def test_broken_settings_of_a_run_folder_are_refused(content, call_main, monkeypatch, tmp_path):
     monkeypatch.setattr(twm, "train", lambda args: pytest.fail("it was not refused"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text(content)
-    assert_refused(call_main("--resume", "run"), ["--resume run"])
+    named = "args.json says (None)" if content == "{}" else "--resume run"
+    assert_refused(call_main("--resume", "run"), [named])
 
 
 def test_another_preset_beside_resume_is_refused(call_main, monkeypatch, tmp_path):

@@ -117,7 +117,7 @@ def test_ppo_solves_a_memory_task_with_the_gru_and_not_without(gru):
 
     for i in range(100):
         rollout = episodes(learner.params, jax.random.PRNGKey(i))
-        learner, _ = ppo.ppo_update(args, learner, rollout)
+        learner, _ = ppo.ppo_update(args, learner, rollout, jnp.int32(0))
         right.append(float(rollout.rewards[-1].mean()))
     share = np.mean(right[-20:])  # of 2,560 answers; their standard error at one half is 0.01
     assert share > 0.9 if gru else abs(share - 0.5) < 0.1
