@@ -38,7 +38,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -48,6 +47,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, Literal
 
 import imageio.v3 as imageio
@@ -90,8 +90,8 @@ class Args:
     dataset: Literal["imagenet", "fashion", "digits"] = "imagenet"  # images for --train-teacher and for evaluation
     data_dir: str = ""  # its folder: ImageNet class folders or .tar shards, Fashion-MNIST idx.gz (empty: see docs)
     image_size: int = 64  # height and width of an image (fashion: 16 or 32, digits: 8)
-    teacher: str = ""  # diffusers UNet folder or hub name, OpenAI-format .pt or .safetensors, or gmm (empty: train one)
-    vp: bool = False  # --teacher is guided-diffusion's: predicts eps on 1000 linear steps, learned variance, four heads
+    teacher: str = ""  # diffusers UNet folder or hub id, OpenAI .pt/.safetensors, or gmm (empty: with --train-teacher)
+    vp: bool = False  # --teacher is guided-diffusion's: eps, 1000 linear steps, learned variance; if a file, four heads
     train_teacher: bool = False  # train an EDM teacher first, kept in the run folder as teacher/
     teacher_steps: int = 300_000  # updates of that training
     teacher_batch_size: int = 1024  # images per such update, all processes together
@@ -100,7 +100,7 @@ class Args:
     unet_channels: tuple[int, ...] = (192, 384, 576, 768)  # of the levels of a UNet made here, fine to coarse
     unet_layers: int = 3  # residual blocks per level
     unet_attention: int = 3  # coarsest levels that have attention, in heads of 64 channels or of the narrowest width
-    dropout: float = 0.1  # in teacher and score network, while training them and in the E-step with one mask for both
+    dropout: float = 0.1  # of teacher and score network, in training and E-step, there one mask for both (gmm: none)
 
     k: int = 16  # Langevin steps of the E-step (K)
     corrector: Literal["eps-z", "x-z", "eps", "x"] = "eps-z"  # what they move (eps: z stays; x: the same as eps)
@@ -243,9 +243,9 @@ def check_args(args: Args) -> None:
     check("data_dir", args.dataset != "digits" or not args.data_dir, "is not for --dataset digits: leave it out")
     fits = args.unet_channels and args.image_size % 2 ** (len(args.unet_channels) - 1) == 0
     check("unet_channels", fits, f"are too few or too many levels for --image-size {args.image_size}: halve it by each")
-    fits = all(width % 64 == 0 or width in (16, 32, 48) for width in args.unet_channels)
-    check("unet_channels", fits, "do not split into attention heads: give 16, 32, 48 or multiples of 64")
-    for name in ("batch_size", "teacher_batch_size")[: 1 + args.train_teacher]:
+    fits = all(width % 16 == width % min(64, *args.unet_channels) == 0 for width in args.unet_channels)
+    check("unet_channels", fits, "do not split into heads: give multiples of 16 and of min(64, the narrowest)")
+    for name in ("batch_size", "teacher_batch_size")[: 0 if args.eval_only else 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
         reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
@@ -290,22 +290,23 @@ class Images:
         return torch.tensor(np.stack(pixels)), self.labels[list(kept)]
 
     def decode(self, index: int) -> tuple[np.ndarray, int]:
-        path, offset, length = self.parts[index]
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                image = Image.open(io.BytesIO(file.read(length)))
-            image.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is shrunk while it is decoded
-            square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
-            return np.asarray(square).transpose(2, 0, 1), index
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if index not in self.bad:
-                self.bad.add(index)
-                print(f"warning: skipped image {len(self.bad)}, {path} at {offset} ({error})", file=sys.stderr)
-            if len(self.bad) > len(self.parts) // 10:
-                problem = f"a tenth of the images cannot be decoded, such as {path}"
-                raise UserError(f"--data-dir: {problem}; replace or delete them.") from error
-            return self.decode((index + 1) % len(self.parts))
+        while True:
+            path, offset, length = self.parts[index]
+            try:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    image = Image.open(io.BytesIO(file.read(length)))
+                image.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is shrunk while it is decoded
+                square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
+                return np.asarray(square).transpose(2, 0, 1), index
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                if index not in self.bad:
+                    self.bad.add(index)
+                    print(f"warning: skipped image {len(self.bad)}, {path} at {offset} ({error})", file=sys.stderr)
+                if len(self.bad) > len(self.parts) // 10:
+                    problem = f"a tenth of the images cannot be decoded, such as {path}"
+                    raise UserError(f"--data-dir: {problem}; replace or delete them.") from error
+                index = (index + 1) % len(self.parts)
 
 
 def index_shard(path: Path) -> Iterator[tuple[tuple[Path, int, int], int]]:
@@ -474,7 +475,7 @@ class Denoiser(nn.Module):
         self.unet, self.exact, self.vp, self.bf16 = unet, exact, args.vp, args.dtype == "bf16"
         self.masks = [part for name, part in self.named_modules() if name.endswith(".dropout")]
         for mask in self.masks:
-            mask.p = args.dropout
+            mask.p = args.dropout if exact is None else 0.0  # an exact teacher has no masks to share
         self.memory = torch.channels_last if args.channels_last else torch.contiguous_format
         self.to(memory_format=self.memory)
 
@@ -516,7 +517,7 @@ def load_teacher(args: Args, name: str) -> Denoiser:
             unet.load_state_dict(from_adm(unet, weights, 4 if args.vp else None))
         else:
             inner = {"subfolder": "unet"} if (Path(name) / "unet").is_dir() else {}
-            unet = UNet2DModel.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **inner)
+            unet = UNet2DModel.from_pretrained(name, use_safetensors=True, **inner)
     shape, classes = (unet.config.in_channels, *[unet.config.sample_size] * 2), unet.config.num_class_embeds
     if (shape, classes) != (args.image_shape, args.num_classes):
         flags = f"--dataset {args.dataset} --image-size {args.image_size}: {args.image_shape} of {args.num_classes}"
@@ -555,7 +556,7 @@ class Chain:
     z: Tensor  # z_K
     sigma: Tensor
     x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
-    clean: Tensor  # the noise-free part of y - x, by a recursion that never sees the noise
+    clean: Tensor  # the noise-free part of y - x, by a recursion to which no noise of eps is added
     nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
     last: Tensor  # noise injected in the last step
     logs: dict[str, Tensor]  # Float[B] each
@@ -831,8 +832,7 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
 def require_paths(args: Args, *names: str) -> None:
     """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
     for name in names:
-        exists = not getattr(args, name) or Path(getattr(args, name)).exists()
-        require(args, name, exists, "does not exist: name a file or folder that does")
+        require(args, name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -913,8 +913,7 @@ def loop(
         if stop or last or done % args.log_every == 0:
             logs, speed = means.take(), (done - since) / seconds
             shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
-            logs |= {"perf/updates_per_second": speed}
-            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            logs |= {"perf/updates_per_second": speed, "perf/peak_memory_gb": getrusage(RUSAGE_SELF).ru_maxrss / 2**20}
             if acc.device.type == "cuda":
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
@@ -1009,10 +1008,9 @@ class Evaluator:
         counts = self.labels.bincount(minlength=args.num_classes).tolist()
         picked = torch.cat([shuffled[images.labels[shuffled] == c][:n] for c, n in enumerate(counts)])
         self.references = {"data": self.describe(torch.cat([images(part)[0] for part in picked.split(1000)]))[0]}
-        self.teacher_scores, features, self.spread = self.score(
+        self.teacher_scores, self.references["teacher"], self.spread = self.score(
             lambda z, c: heun(lambda y, s: teacher(y, s, c), z, args.heun_steps), 2 * args.heun_steps - 1
         )
-        self.references["teacher"] = features
 
     @torch.no_grad()
     def describe(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -1177,9 +1175,9 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
         run.media(step, "mcmc", tile(torch.cat([x, *rows]), columns))
 
 
-def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict[str, Any]) -> tuple[Denoiser, dict[str, Any]]:
+def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict, teacher=None) -> tuple[Denoiser, dict]:
     """The frozen teacher, and the student's state as it starts or as it was saved."""
-    teacher = load_teacher(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
+    teacher = teacher or load_teacher(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
     state = init_state(args, teacher.to(acc.device).eval().requires_grad_(False))
     if "generator" in saved:
         restore(run.folder, state, saved)
@@ -1192,6 +1190,7 @@ def train(args: Args, acc: Accelerator) -> None:
     if args.eval_samples:
         load_images(args)  # a folder without images is refused now, not after the last update
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
+    teacher = None if args.train_teacher else load_teacher(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     with torch.device("meta"):  # a checkpoint holds three networks and Adam's two moments of two of them
@@ -1203,7 +1202,7 @@ def train(args: Args, acc: Accelerator) -> None:
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.teacher_steps, {}
-    (teacher, state), saved = load_everything(args, run, acc, saved), {}  # and no file stays open
+    (teacher, state), saved = load_everything(args, run, acc, saved, teacher), {}  # and no file stays open
     offset = args.teacher_steps * args.train_teacher
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
@@ -1228,8 +1227,9 @@ def evaluate(args: Args, acc: Accelerator) -> None:
     teacher, state = load_everything(args, run, acc, saved)
     if run.writes:
         write_media(args, run, step, teacher, state, acc)
-    if args.eval_samples:
-        Evaluator(args, acc, teacher)(state["average"], run, step)
+    scores = Evaluator(args, acc, teacher)(state["average"], run, step) if args.eval_samples else {}
+    if run.wandb:  # metrics.jsonl stays as training left it
+        run.wandb.log({"step": step, **scores})
 
 
 def dry_run(args: Args) -> None:

@@ -11,7 +11,7 @@ Papers: [EMD] arXiv:2405.16852, [LDM] arXiv:2112.10752, [CFG] arXiv:2207.12598, 
 [PR] precision and recall arXiv:1904.06991. Details, deviations, results: docs/emd_text2image.md
 
     python emd_text2image.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt   # the paper's
-    python emd_text2image.py --preset single-gpu --teacher FOLDER --prompts prompts.txt   # the same in 24 GB
+    python emd_text2image.py --preset single-gpu --teacher FOLDER --prompts prompts.txt   # batch 64, K 4, bf16: ~23 GB
     python emd_text2image.py --preset cpu                   # drawn shapes: trains a small pipeline, then distils it
     python emd_text2image.py --preset smoke                 # a minute: learns nothing, touches everything
     python emd_text2image.py --resume runs/RUN_FOLDER       # goes on where that run stopped
@@ -38,7 +38,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -48,6 +47,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, Literal
 
 import diffusers
@@ -93,7 +93,7 @@ class Args:
 
     total_steps: int = 5000  # generator updates of the whole run (0: only train the teacher)
 
-    teacher: str = ""  # diffusers Stable Diffusion folder or hub id, eps- or v-prediction (empty: train one)
+    teacher: str = ""  # diffusers Stable Diffusion folder or hub id, eps- or v-prediction (empty: with --train-teacher)
     prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: of --pictures)
     image_size: int = 512  # height and width of a picture
     guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
@@ -134,7 +134,7 @@ class Args:
     ema_ramp: float = 0.05  # the average's half-life is at most this share of the updates so far (0: no ramp)
     batch_size: int = 1024  # pictures per update, all processes and micro-batches together
     micro_batch_size: int = 8  # pictures of one chain; gradients of the micro-batches are accumulated
-    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    checkpointing: bool = False  # while distilling, compute activations again in the backward pass, not keep them
 
     ddim_steps: int = 25  # steps of the teacher's sampler
     eval_prompts: str = ""  # captions of evaluations, a file as for --prompts (empty: those)
@@ -245,7 +245,7 @@ def check_args(args: Args) -> None:
     fits = not args.train_teacher or (args.image_size % 32 == 0 and args.image_size % cells == 0)
     check("image_size", fits, f"cannot be drawn and halved by each level: give multiples of {math.lcm(32, cells)}")
     check("text_width", args.text_width % 32 == 0, "does not split into heads of 32: give a multiple")
-    for name in ("batch_size", "teacher_batch_size")[: 1 + args.train_teacher]:
+    for name in ("batch_size", "teacher_batch_size")[: 0 if args.eval_only else 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
         reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
@@ -253,8 +253,9 @@ def check_args(args: Args) -> None:
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
     samples, each = args.eval_samples, args.eval_per_prompt
+    least = 4 * max(2, each * bool(args.pictures))  # a caption of --pictures has one picture to compare with
     check("eval_samples", samples % each == 0, f"is no multiple of --eval-per-prompt {each}")
-    check("eval_samples", samples == 0 or samples >= 8, "are too few to compare: give 8 or more, or 0")
+    check("eval_samples", samples == 0 or samples >= least, f"are too few to compare: give {least} or more, or 0")
     check("generate", not args.generate or args.eval_only, "needs a run: name it with --eval-only")
     if args.dry_run:
         return
@@ -279,11 +280,12 @@ def read_prompts(args: Args, flag: str) -> list[str]:
     with refuse(f"--{flag.replace('_', '-')} {path} cannot be read", way_out):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.suffix == ".tar":
-                with tarfile.open(file) as shard:
-                    texts = [member for member in shard if member.isfile() and member.name.endswith(".txt")]
-                    lines += [(shard.extractfile(member).read(), False) for member in texts]
-            elif file.suffix in (".txt", ".jsonl") or file == path:
+                with tarfile.open(file) as tar:
+                    lines += [(tar.extractfile(m).read(), False) for m in tar if m.isfile() and m.name.endswith(".txt")]
+            elif file.suffix in (".txt", ".jsonl"):
                 lines += [(line, file.suffix == ".jsonl") for line in file.read_bytes().splitlines()]
+            elif file == path:
+                raise ValueError("it is of another kind" if path.exists() else "it does not exist")
     captions: dict[str, None] = {}
     for raw, is_json in lines:
         try:
@@ -312,12 +314,13 @@ class Captions:
         self.texts, self.device, self.cache, self.pipe = texts, device, None, pipe
         pipe.text_encoder.to(device)
         self.empty, most = encode(pipe, [""]), pipe.tokenizer.model_max_length
-        if long := sum(len(ids) > most for ids in pipe.tokenizer(texts).input_ids):
+        parts = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+        if long := sum(len(ids) > most for part in parts for ids in pipe.tokenizer(part).input_ids):
             print(f"{long:,} captions are longer than {most} tokens and are cut off there", flush=True)
         if self.empty.nbytes * len(texts) <= args.text_cache_gb * 1e9:
             self.cache = torch.empty(len(texts), *self.empty.shape[1:])
-            for i in range(0, len(texts), 64):
-                self.cache[i : i + 64] = encode(pipe, texts[i : i + 64])
+            for rows, part in zip(self.cache.split(64), parts, strict=True):
+                rows.copy_(encode(pipe, part))
             pipe.text_encoder.to("cpu")  # its memory is the UNets'
 
     @torch.no_grad()
@@ -353,20 +356,19 @@ def grammar() -> dict[str, tuple[str, ...]]:
 
 def draw(caption: str, size: int, seed: int) -> np.ndarray:
     """One picture UInt8[size, size, 3] of a caption of the grammar; `seed` moves the group by up to a pixel of 32."""
-    count, kind, colour, shape, place, background = grammar()[caption]
-    unit, n, jitter = size // 32, SIZES[kind], np.random.default_rng(seed).integers(-1, 2, 2)
+    count, size_word, colour, shape, place, background = grammar()[caption]
+    unit, n, jitter = size // 32, SIZES[size_word], np.random.default_rng(seed).integers(-1, 2, 2)
     image = Image.new("RGB", (size, size), BACKGROUNDS[background])
-    for i in range(how_many := COUNTS.index(count) + 1):
+    pen, how_many = ImageDraw.Draw(image), COUNTS.index(count) + 1
+    for i in range(how_many):
         along = 10 * i - 5 * (how_many - 1)  # a column on the left and right, else a row
         offset = (0, along) if place.endswith(("left", "right")) else (along, 0)
         x, y = (int(16 + PLACES[place][a] + offset[a] + jitter[a] - n // 2) * unit for a in (0, 1))
         far = unit * n - 1
         if shape == "triangle":
-            corners = [(x, y + far), (x + far, y + far), (x + far / 2, y)]
-            ImageDraw.Draw(image).polygon(corners, fill=COLOURS[colour])
+            pen.polygon([(x, y + far), (x + far, y + far), (x + far / 2, y)], COLOURS[colour])
         else:
-            kind_of = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
-            kind_of((x, y, x + far, y + far), fill=COLOURS[colour])
+            (pen.ellipse if shape == "circle" else pen.rectangle)((x, y, x + far, y + far), COLOURS[colour])
     return np.asarray(image)
 
 
@@ -419,7 +421,7 @@ def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarra
                 image = Image.open(io.BytesIO(content)).convert("RGB")
                 caption = " ".join(files[os.path.splitext(name)[0] + ".txt"].decode().split())
                 found[caption] = np.asarray(ImageOps.fit(image, (args.image_size, args.image_size)))
-    require(args, "pictures", bool(found), "holds no picture: name a .tar of NAME.txt beside NAME.png or NAME.jpg")
+    require(args, "pictures", len(found) > 3, f"holds {len(found)} captioned pictures: name a .tar of four or more")
     print(f"{args.pictures}: {len(found):,} captions with a picture each, the last one of equal captions", flush=True)
     return list(found), lambda caption, seed: found[caption]
 
@@ -555,8 +557,8 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
 
 def one_step_scheduler(scheduler: Any, t_star: int) -> EulerDiscreteScheduler:
     """The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*)."""
-    how = {"prediction_type": scheduler.config.prediction_type, "timestep_spacing": "trailing"}
-    how |= {"steps_offset": 1}  # has no effect here, but diffusers warns without it
+    # steps_offset has no effect here, but diffusers warns without it
+    how = {"prediction_type": scheduler.config.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
     return EulerDiscreteScheduler(t_star + 1, trained_betas=scheduler.betas[: t_star + 1].tolist(), **how)
 
 
@@ -582,7 +584,7 @@ class Chain:
     z: Tensor  # z_K
     sigma: Tensor
     x: Tensor  # g of the last latent but one; if z never moved it keeps its graph, and the M-step needs no second pass
-    clean: Tensor  # the noise-free part of y - x, by a recursion that never sees the noise
+    clean: Tensor  # the noise-free part of y - x, by a recursion to which no noise of eps is added
     nu: Tensor  # what is left of the initial and injected noise in eps_K: nu_0 = eps_0, decayed and added to each step
     last: Tensor  # noise injected in the last step
     logs: dict[str, Tensor]  # Float[B] each
@@ -850,8 +852,7 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
 def require_paths(args: Args, *names: str) -> None:
     """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
     for name in names:
-        exists = not getattr(args, name) or Path(getattr(args, name)).exists()
-        require(args, name, exists, "does not exist: name a file or folder that does")
+        require(args, name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -932,8 +933,7 @@ def loop(
         if stop or last or done % args.log_every == 0:
             logs, speed = means.take(), (done - since) / seconds
             shown = "  ".join(f"{name[7:]} {value:.4g}" for name, value in logs.items() if name.startswith("losses/"))
-            logs |= {"perf/updates_per_second": speed}
-            logs |= {"perf/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            logs |= {"perf/updates_per_second": speed, "perf/peak_memory_gb": getrusage(RUSAGE_SELF).ru_maxrss / 2**20}
             if acc.device.type == "cuda":
                 logs["perf/peak_device_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log(offset + done, logs)
@@ -1000,17 +1000,16 @@ not supported. Settings, and scores measured by the script that trained it:
 
 def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -> None:
     """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
-    if not run.writes:
-        return
     folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
     parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
     StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(aside)
-    settings = {name: value for name, value in dataclasses.asdict(args).items() if not isinstance(value, str)}
-    facts = {"settings": settings}  # without texts, which may be paths of this machine
-    facts["scores"] = json.loads(scores.read_text()) if scores.exists() else "not evaluated"
-    texts, teacher = setup.captions.texts, args.teacher or "a pipeline trained by this script"
-    teacher = Path(teacher).name if Path(teacher).exists() else teacher
-    values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": step}
+    shown = [f.name for f in dataclasses.fields(args) if f.type is not str]  # a text may be a path of this machine
+    scores = json.loads(scores.read_text()) if scores.exists() else {}
+    facts = {"settings": {name: getattr(args, name) for name in ("preset", *shown)}}
+    facts["scores"] = scores if scores.get("step") == step else "not evaluated"
+    texts, made = setup.captions.texts, step - (args.vae_steps + args.teacher_steps) * args.train_teacher
+    teacher = (Path(args.teacher).name if Path(args.teacher).exists() else args.teacher) or "a pipeline trained here"
+    values = {"teacher": teacher, "caption": texts[0], "captions": len(texts), "step": made}
     (aside / "README.md").write_text(CARD.format(facts=json.dumps(facts, indent=2), **values))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
@@ -1030,7 +1029,8 @@ def shrink(images: Tensor, size: int = 256) -> Tensor:
     """Pictures larger than `size` at that size, by Pillow's Lanczos filter: the MSCOCO-30k protocol."""
     if images.shape[-1] <= size:
         return images
-    small = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size, size), 1) for image in images]
+    pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).cpu().numpy())
+    small = [picture.resize((size, size), Image.Resampling.LANCZOS) for picture in pictures]
     return torch.tensor(np.stack(small)).permute(0, 3, 1, 2).to(images.device)
 
 
@@ -1046,18 +1046,16 @@ def load_reference(args: Args) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def clip_score(folder: str, pixels: Tensor, texts: list[str], device: torch.device) -> float:
-    """Mean cosine of picture and caption in the CLIPModel of a folder. Raises UserError."""
-    with refuse(f"--clip {folder} cannot be loaded", "name a CLIPModel folder"):
-        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).eval().to(device)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+def clip_score(model: nn.Module, tokenizer: Any, pixels: Tensor, texts: list[str], device: torch.device) -> float:
+    """Mean cosine of picture and caption in a CLIPModel."""
     mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]], device=device).view(2, 1, 3, 1, 1)
     size, most, total = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings, 0.0
     for i in range(0, len(texts), 32):
         images = interpolate(pixels[i : i + 32].to(device) / 255, (size, size), mode="bicubic", antialias=True)
         words = tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=most, return_tensors="pt")
-        found = model(pixel_values=(images - mean) / std, **words.to(device))
+        found = model.to(device)(pixel_values=(images - mean) / std, **words.to(device))
         total += float((found.image_embeds * found.text_embeds).sum())
+    model.to("cpu")  # its memory is the UNets'
     return total / len(texts)
 
 
@@ -1084,15 +1082,19 @@ class Evaluator:
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
         self.drawn, (self.ruler, self.features) = set(self.texts) <= grammar().keys(), load_features(args, acc.device)
         captioned, picture = load_pictures(args)
+        if args.clip:
+            with refuse(f"--clip {args.clip} cannot be loaded", "name a CLIPModel folder"):
+                model = transformers.CLIPModel.from_pretrained(args.clip, use_safetensors=True).eval()
+                self.clip = model, CLIPTokenizer.from_pretrained(args.clip)
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
         elif set(self.texts) <= set(captioned):
             texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # only drawn ones of a caption differ
+            require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
             real = [picture(text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
-        self.teacher_scores, features = self.score(setup.teacher_samples, evaluations)
-        self.references["teacher"] = features
+        self.teacher_scores, self.references["teacher"] = self.score(setup.teacher_samples, evaluations)
 
     @torch.no_grad()
     def extract(self, pixels: Tensor) -> Tensor:
@@ -1129,7 +1131,7 @@ class Evaluator:
             in_place = torch.tensor(right[:, ATTRIBUTES.index("position")])  # a misplaced group is not a mode
             scores |= diversity("diversity_in_place", features, each, in_place)
         if args.clip:
-            scores["clip_score"] = clip_score(args.clip, pixels, self.texts, acc.device)
+            scores["clip_score"] = clip_score(*self.clip, pixels, self.texts, acc.device)
         return scores, features
 
     def __call__(self, average: Denoiser, run: Run, step: int) -> dict[str, float]:
@@ -1289,8 +1291,7 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
     # 1. The student score network learns to denoise the generator's latents.
     for turn in range(args.score_updates):
         lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
-        key = 1, step, turn
-        accumulate(args, means, "denoising", key, args.batch_size, score_loss, state["adam_score"], lr)
+        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, state["adam_score"], lr)
     how = state["adam_generator"], adam_lr(args, generator_lr(args, step), step), args.max_grad_norm
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, *how)
     # 4. The average that is evaluated.
@@ -1308,9 +1309,9 @@ def write_media(args: Args, run: Run, step: int, setup: Setup, state: dict, acc:
     run.media(step, "samples", tile(images, 8), scale=max(1, 128 // args.image_size))
 
 
-def load_everything(args: Args, run: Run, acc: Accelerator, texts: list[str], saved: dict) -> tuple[Setup, dict]:
+def load_everything(args: Args, run: Run, acc: Accelerator, texts: list, saved: dict, pipe=None) -> tuple[Setup, dict]:
     """The frozen parts, and the student's state as it starts or as it was saved."""
-    pipe = load_pipeline(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
+    pipe = pipe or load_pipeline(args, str(run.folder / "teacher") if args.train_teacher else args.teacher)
     for part in (pipe.vae.to(acc.device), pipe.text_encoder, pipe.unet):
         part.eval().requires_grad_(False)
     captions = Captions(args, pipe, texts, acc.device)
@@ -1330,13 +1331,14 @@ def train(args: Args, acc: Accelerator) -> None:
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     captioned = load_pictures(args)[0]  # files are read before anything is downloaded or trained
     texts = read_prompts(args, "prompts") if args.prompts else captioned
+    pipe = None if args.train_teacher else load_pipeline(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     if args.train_teacher and not (run.folder / "teacher").exists():
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
-    (setup, state), saved = load_everything(args, run, acc, texts, saved), {}  # and no file stays open
+    (setup, state), saved = load_everything(args, run, acc, texts, saved, pipe), {}  # and no file stays open
     offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
     # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
     absent = 3 - len(list(run.folder.glob("checkpoints/*.pt")))
@@ -1354,33 +1356,33 @@ def train(args: Args, acc: Accelerator) -> None:
         if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
             evaluator = evaluator or Evaluator(args, acc, setup)
             run.log(offset + done, evaluator(state["average"], run, offset + done))
-        if last:
-            export(args, run, setup, state["average"], done)
+        if last and run.writes:
+            export(args, run, setup, state["average"], offset + done)
 
 
 def evaluate(args: Args, acc: Accelerator) -> None:
     """--eval-only: scores, pictures and pipeline of a run's newest checkpoint; with --generate, pictures alone."""
     run = Run(args, writes=acc.is_main_process)
     if args.generate:
-        reason = "has no pipeline/ yet: leave out --generate, which makes it"
-        require(args, "eval_only", (run.folder / "pipeline").exists(), reason)
+        require(args, "eval_only", (run.folder / "pipeline").exists(), "has no pipeline/: first leave out --generate")
         pipe = load_pipeline(args, str(run.folder / "pipeline"), "eval_only").to(acc.device)
         generator = torch.Generator("cpu").manual_seed(args.seed)
         how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}
         images = pipe([args.generate] * 8, height=args.image_size, width=args.image_size, **how).images
         run.media(args.seed, "generated", np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
         return print(f"{run.folder / 'media' / f'generated_{args.seed}.png'}")
+    require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]
     setup, state = load_everything(args, run, acc, texts, saved)
     state = {"average": state["average"]}  # the rest takes memory and is not needed
+    scores = Evaluator(args, acc, setup)(state["average"], run, step) if args.eval_samples else {}
+    if run.wandb:  # metrics.jsonl stays as training left it
+        run.wandb.log({"step": step, **scores})
     if run.writes:
         write_media(args, run, step, setup, state, acc)
-    if args.eval_samples:
-        Evaluator(args, acc, setup)(state["average"], run, step)
-    offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
-    export(args, run, setup, state["average"], step - offset)
+        export(args, run, setup, state["average"], step)
 
 
 def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[str, float]:
@@ -1411,13 +1413,12 @@ def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[st
 
 
 def dry_run(args: Args) -> None:
-    """Settings, parameter counts, what an update costs and the memory it needs, from the shapes of a UNet that is never
-    filled: of a local --teacher its own, else the one that the flags describe, by default Stable Diffusion 1.5's.
-    """
-    config, side = Path(args.teacher) / "unet" / "config.json", args.image_size // 2 ** (len(args.vae_channels) - 1)
-    tokens = 16 if args.train_teacher else 77
+    """Settings, sizes, and the work and memory of an update, from shapes alone: a local --teacher's or the flags'."""
+    parts = {p.parent.name: json.loads(p.read_text()) for p in Path(args.teacher).glob("*/config.json") if args.teacher}
+    widths = parts["vae"]["block_out_channels"] if "vae" in parts else args.vae_channels
+    side, tokens = args.image_size // 2 ** (len(widths) - 1), 16 if args.train_teacher else 77
     with torch.device("meta"), torch.no_grad():
-        unet = UNet.from_config(json.loads(config.read_text())) if args.teacher and config.exists() else make_unet(args)
+        unet = UNet.from_config(parts["unet"]) if "unet" in parts else make_unet(args)
         width, shape = unet.config.cross_attention_dim, (unet.config.in_channels, side, side)
         with FlopCounterMode(display=False) as counter:
             unet(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, tokens, width))
@@ -1425,8 +1426,7 @@ def dry_run(args: Args) -> None:
         size = min(args.micro_batch_size, args.batch_size)
         plan = memory_plan(args, unet, torch.zeros(size, tokens, width), torch.zeros(size, *shape))
     chain = ((4 if args.moves_z else 2) + (args.guidance != 1)) * args.k + 3  # see docs: a backward pass counts as two
-    exact = args.cancel == "exact"
-    forwards = chain + 4 * args.score_updates + 3 * exact
+    forwards = chain + 4 * args.score_updates + 3 * (exact := args.cancel == "exact")
     forwards += args.checkpointing * (args.k * args.moves_z + args.score_updates + 1 + exact)  # computed again
     total = forwards * args.batch_size * args.total_steps * flops
     total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher

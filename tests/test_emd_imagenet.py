@@ -478,6 +478,17 @@ def test_dropout_masks_are_shared_and_drop():
     assert not torch.allclose(masked, other) and not torch.allclose(masked, teacher(y, sigma, labels))
 
 
+def test_beside_an_exact_teacher_there_are_no_masks():
+    """It has none to share, so those of the student score network would be noise in Delta."""
+    args = settings(dropout=0.3, teacher="gmm", train_teacher=False)
+    teacher = emd.load_teacher(args, "gmm")
+    score = emd.make_student(args, teacher)
+    torch.nn.init.normal_(score.unet.conv_out.weight)  # it starts at 0
+    _, z, eps, sigma, labels = draw(args)
+    one, other = (emd.denoiser_difference(teacher, score, z + sigma * eps, sigma, labels, seed) for seed in (5, 6))
+    assert one.any() and torch.equal(one, other)
+
+
 def test_the_preconditioned_network_is_the_formula():
     args, teacher, _ = tiny()
     _, z, eps, sigma, labels = draw(args)
@@ -830,11 +841,15 @@ def test_logged_keys_are_the_documented_keys(smoke):
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
 
 
-def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain(copied, capsys):
+def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain(copied, capsys, monkeypatch):
     before, settings_before = json.loads((copied / "eval.json").read_text()), (copied / "args.json").read_bytes()
     (copied / "eval.json").unlink()
-    code, output = run_main(capsys, "--eval-only", copied, "--mcmc-steps", 30)
+    logged, quiet = {}, lambda *names, **how: None
+    tracker = types.SimpleNamespace(init=quiet, define_metric=quiet, log=logged.update, Image=str)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    code, output = run_main(capsys, "--eval-only", copied, "--mcmc-steps", 30, "--track")
     assert code == 0, output
+    assert logged["step"] == 24 and {"eval/kid_to_teacher", "media/samples"} <= logged.keys()
     after = json.loads((copied / "eval.json").read_text())
     for who, name in (("student", "frechet_to_data"), ("student", "kid_to_teacher"), ("teacher", "recall_to_data")):
         assert after[who][name] == pytest.approx(before[who][name], rel=1e-4)
@@ -964,6 +979,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(emd.UserError, match=r"--batch-size 8 is no multiple of --micro-batch-size 4 times 3 processes"):
         emd.check_args(settings())
+    emd.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
 
 
 def test_processes_are_not_inherited_from_a_run(copied):
@@ -1050,6 +1066,15 @@ def test_image_folders_are_read_and_broken_images_named(tmp_path, capsys):
     assert code == 2 and "--data-dir" in error
 
 
+def test_a_long_row_of_broken_images_is_passed_over(tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    emd.Image.new("RGB", (8, 8)).save(tmp_path / "good.jpg")
+    parts = [(tmp_path / f"{name}.jpg", 0, -1) for name in ["bad"] * 1500 + ["good"] * 14_000]
+    images = emd.Images(range(len(parts)), parts=parts, size=8)
+    assert images(torch.tensor([0, 1499, 1600]))[1].tolist() == [1500, 1500, 1600]
+    assert len(images.bad) == 1500
+
+
 def test_webdataset_shards_hold_the_same_images(tmp_path, capsys):
     random, folders, shards = np.random.default_rng(0), tmp_path / "folders", tmp_path / "shards"
     shards.mkdir()
@@ -1106,6 +1131,8 @@ BAD = [
     (["--preset", "smoke", "--generator-lr", "nan"], "--generator-lr nan"),
     (["--preset", "smoke", "--image-size", 16], "--image-size 16"),
     (["--preset", "smoke", "--unet-channels", 16, 20], "--unet-channels"),
+    (["--preset", "smoke", "--unet-channels", 32, 48], "--unet-channels (32, 48) do not split"),
+    (["--preset", "smoke", "--unet-channels", 48, 64], "--unet-channels (48, 64) do not split"),
     (["--preset", "smoke", "--unet-channels", 16, 16, 16, 16, 16], "--unet-channels"),
     (["--preset", "smoke", "--micro-batch-size", 3], "--micro-batch-size 3"),
     (["--preset", "smoke", "--eval-samples", 5], "--eval-samples 5"),
@@ -1133,6 +1160,7 @@ def test_what_the_user_can_put_right_is_one_sentence(flags, message, tmp_path, c
     assert code == 2 and "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("emd_imagenet.py: error: ")]
     assert message in line
+    assert not list(tmp_path.iterdir())  # no run folder is left behind
 
 
 def test_a_foreign_checkpoint_and_a_diverged_loss_are_one_sentence(copied, tmp_path, capsys):

@@ -240,7 +240,7 @@ def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
     args, setup = predicted
     run = type("Folder", (), {"writes": True, "folder": tmp_path})()
     average = t2i.init_state(args, setup.teacher)["average"]
-    t2i.export(args, run, setup, average, 7)
+    t2i.export(args, run, setup, average, 8 + 7)
     pipe = t2i.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     z = normal(2, 4, 8, 8)
@@ -253,6 +253,24 @@ def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "num_inference_steps=1" in card and "not evaluated" in card and "7 generator updates" in card
     assert (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_card_shows_all_settings_but_paths_and_scores_of_its_own_step_alone(predicted, tmp_path):
+    args, setup = predicted
+    run = type("Folder", (), {"writes": True, "folder": tmp_path})()
+    (tmp_path / "eval.json").write_text('{"step": 11, "student": {"accuracy_all": 0.5}}')
+    for step, scores in ((10, "not evaluated"), (11, {"step": 11, "student": {"accuracy_all": 0.5}})):
+        t2i.export(args, run, setup, t2i.init_state(args, setup.teacher)["average"], step)
+        card = (tmp_path / "pipeline" / "README.md").read_text()
+        facts = json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1])
+        assert facts["scores"] == scores and f"after {step - 8} generator updates" in card
+    shown = dataclasses.asdict(args) | {"unet_channels": [16, 32], "vae_channels": [8, 8, 16]}
+    for name in ("runs_dir", "resume", "eval_only", "wandb_project", "teacher", "prompts", "pictures", "eval_prompts"):
+        del shown[name]
+    for name in ("reference", "features", "clip", "generate"):
+        del shown[name]
+    assert facts["settings"] == shown
 
 
 # --- Captions ---
@@ -302,8 +320,18 @@ def test_prompt_files_are_read_and_what_is_left_out_is_said(tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(t2i.UserError, match=f"--prompts .*{name}"):
             t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts")
-    with pytest.raises(t2i.UserError, match="--eval-prompts nowhere cannot be read"):
-        t2i.read_prompts(settings(eval_prompts="nowhere"), "eval_prompts")
+    for name in ("nowhere", "nowhere.txt"):
+        with pytest.raises(t2i.UserError, match=f"--eval-prompts {name} cannot be read"):
+            t2i.read_prompts(settings(eval_prompts=name), "eval_prompts")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.csv", "x"])
+def test_prompt_files_of_another_kind_are_refused(name, tmp_path):
+    (tmp_path / name).write_text("a cat\na dog\n")
+    with pytest.raises(t2i.UserError, match=rf"--prompts .*{name} cannot be read .* \.txt, \.jsonl or \.tar"):
+        t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts")
+    (tmp_path / "y.txt").write_text("a bird")
+    assert t2i.read_prompts(settings(prompts=str(tmp_path)), "prompts") == ["a bird"]  # passed over in a folder
 
 
 def captioned_pictures(path, captions):
@@ -344,6 +372,26 @@ def test_captioned_pictures_teach_a_pipeline_and_are_its_reference(tmp_path, cap
         for more in ([], ["--prompts", tmp_path / "prompts.txt"]):
             code, error = run_main(capsys, *flags, "--pictures", path, *more, "--runs-dir", tmp_path / "no")
             assert code == 2 and f"--pictures {path}" in error and not (tmp_path / "no").exists()
+
+
+def test_captioned_pictures_too_few_to_compare_with_are_refused(tmp_path, monkeypatch):
+    captions = ["rat", "ox", "tiger", "rabbit"]
+    captioned_pictures(tmp_path / "four.tar", captions)
+    args = settings(pictures=str(tmp_path / "four.tar"))
+    with pytest.raises(t2i.UserError, match="--eval-samples 8 are too few to compare: give 16 or more, or 0"):
+        t2i.check_args(dataclasses.replace(args, eval_samples=8, eval_per_prompt=4))
+    for fits in ({"eval_samples": 0}, {"eval_samples": 16}, {"eval_samples": 8, "eval_per_prompt": 2}):
+        t2i.check_args(dataclasses.replace(args, **fits))
+    captioned_pictures(tmp_path / "three.tar", captions[:3])
+    with pytest.raises(t2i.UserError, match=r"--pictures .*three.tar holds 3 captioned pictures"):
+        t2i.load_pictures(settings(pictures=str(tmp_path / "three.tar")))
+    setup = setup_of(args)
+    setup.captions.texts = captions  # from here on as with --prompts
+    monkeypatch.setattr(t2i.Evaluator, "score", lambda self, sampler, evaluations: (None, None))
+    assert len(t2i.Evaluator(args, ACCELERATOR, setup).references["data"]) == 4
+    setup.captions.texts = captions[:3]
+    with pytest.raises(t2i.UserError, match="give more captions"):
+        t2i.Evaluator(args, ACCELERATOR, setup)
 
 
 # --- What a picture shows ---
@@ -500,6 +548,8 @@ def test_eval_only_repeats_the_scores_and_generate_draws_a_caption(copied, capsy
     for who, name in (("student", "frechet_to_data"), ("student", "diversity_ratio"), ("teacher", "kid_to_data")):
         assert after[who][name] == pytest.approx(before[who][name], rel=1e-4)
     assert "4 generator updates" in (copied / "pipeline" / "README.md").read_text()
+    code, output = run_main(capsys, "--eval-only", copied, "--clip", "/nowhere")
+    assert code == 2 and "--clip /nowhere does not exist" in output
     code, output = run_main(capsys, "--eval-only", copied, "--generate", TEXTS[0])
     assert code == 0, output
     assert np.asarray(t2i.Image.open(copied / "media" / "generated_1.png")).shape == (32, 256, 3)
@@ -523,6 +573,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeyp
     with pytest.raises(t2i.UserError, match=r"--batch-size 4 is no multiple of --micro-batch-size 2 times 3 processes"):
         t2i.check_args(settings())
     t2i.check_args(settings(batch_size=6, train_teacher=False, teacher="FOLDER", prompts="FILE"))
+    t2i.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
 
 
 def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
@@ -549,7 +600,7 @@ def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
 
 
-def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path):
+def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path, monkeypatch):
     tokenizer = t2i.make_pipeline(settings(), list(t2i.grammar())).tokenizer
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision = {**text, "image_size": 32, "patch_size": 8}
@@ -563,10 +614,17 @@ def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path):
     with torch.no_grad():
         words = tokenizer(TEXTS, padding=True, return_tensors="pt")
         logits = model(pixel_values=(pixels / 255 - mean) / std, **words).logits_per_image / model.logit_scale.exp()
-    score = t2i.clip_score(str(tmp_path), pixels, TEXTS, torch.device("cpu"))
+    args = settings(clip=str(tmp_path), eval_samples=16)
+    setup, made = setup_of(args), []
+    monkeypatch.setattr(t2i, "decode", lambda pipe, latents: made.append(1) or torch.zeros(len(latents), 3, 32, 32))
+    evaluator = t2i.Evaluator(args, ACCELERATOR, setup)
+    assert -1 <= evaluator.teacher_scores["clip_score"] <= 1 and made
+    score = t2i.clip_score(*evaluator.clip, pixels, TEXTS, torch.device("cpu"))
     assert score == pytest.approx(float(logits.diag().mean()), abs=1e-4)
+    made.clear()
     with pytest.raises(t2i.UserError, match="--clip nowhere cannot be loaded"):
-        t2i.clip_score("nowhere", pixels, TEXTS, torch.device("cpu"))
+        t2i.Evaluator(settings(clip="nowhere"), ACCELERATOR, setup)
+    assert not made  # it is found out before pictures are made
 
 
 def test_reference_pictures_and_features_of_large_pictures(tmp_path):
@@ -593,6 +651,14 @@ def test_the_papers_plan(capsys):
     (total,) = re.findall(r"memory: +([\d.]+) GB  in all", printed)
     assert 20 < float(total) < 25.7  # 24 GiB
     assert "38 forward passes of 64" in printed
+
+
+def test_the_plan_for_a_local_teacher_takes_the_latent_of_its_autoencoder(teacher_folder, capsys):
+    plans = set()
+    for widths in ((8, 8, 16), (8, 8, 8, 8)):
+        t2i.dry_run(settings(train_teacher=False, teacher=str(teacher_folder), vae_channels=widths))
+        plans.add(capsys.readouterr().out.partition("UNet:")[2])
+    assert len(plans) == 1
 
 
 SMOKE = ["--preset", "smoke"]
@@ -659,3 +725,4 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         code, error = run_main(capsys, *common, *flags, "--runs-dir", tmp_path / str(i))
         (line,) = [line for line in error.splitlines() if line.startswith("emd_text2image.py: error: ")]
         assert code == 2 and message in line, error
+        assert not (tmp_path / str(i)).exists()  # no run folder is left behind
