@@ -123,13 +123,15 @@ def policy_updates(args: twm.Args, learner: twm.Learner, batches: tuple[twm.Roll
 
     def step(learner, batch):
         norm = learner.value_norm.update(batch[2], args.value_norm_decay)
-        return adam_step(args, args.learning_rate, learner, jax.grad(loss)(learner.params, norm, *batch), norm), None
+        return adam_step(args, learner, jax.grad(loss)(learner.params, norm, *batch), norm), None
 
     return lax.scan(step, learner, batches)[0]
 
 
-def adam_step(args: twm.Args, learning_rate: float, learner: twm.Learner, grads: Any, norm: Any = None) -> twm.Learner:
-    updates, opt_state = twm.adam(args, learning_rate).update(grads, learner.opt_state)
+def adam_step(args: twm.Args, learner: twm.Learner, grads: Any, norm: Any = None) -> twm.Learner:
+    """norm: the policy's new statistics; None: the learner is the world model."""
+    adam = twm.adam(args, args.wm_learning_rate) if norm is None else twm.policy_adam(args)
+    updates, opt_state = adam.update(grads, learner.opt_state)
     return twm.Learner(optax.apply_updates(learner.params, updates), opt_state, norm)
 
 
@@ -227,7 +229,7 @@ def world_model_step(
     windows = twm.sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1)
     key_dropout = key_dropout if args.wm_dropout else None
     loss, grads = jax.value_and_grad(world_model_loss)(model.params, args, size, windows, key_dropout)
-    return adam_step(args, args.wm_learning_rate, model, grads), loss
+    return adam_step(args, model, grads), loss
 
 
 def imagined_rollout(
