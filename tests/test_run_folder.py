@@ -239,7 +239,7 @@ def test_a_run_does_not_go_on_with_rollouts_of_another_length(call_main, stub_it
     folder = finished_stub_run(call_main, stub_iteration, tmp_path)
     for flag in ("--resume", "--eval-only"):
         code, _, err = call_main(flag, folder, "--num-steps", 7, "--eval-episodes", 4)
-        assert code == 2 and "--num-steps 7 is not the 6 by which this run counts" in err
+        assert code == 2 and "--num-steps 7 is not what args.json says (6)" in err
 
 
 KILLED_DRIVER = """
