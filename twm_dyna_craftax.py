@@ -116,7 +116,9 @@ class Args:
     imagination_updates: int = 150  # imagined rollouts, one policy update each, per iteration (0: never imagine)
     imagination_envs: int = 48  # rollouts imagined at once
     imagination_steps: int = 20  # length of an imagined rollout, at most context
+    imagination_recent: int = 128_000  # newest transitions of the replay from which imagined rollouts start
     burn_in: int = 5  # real frames that warm up the GRU before an imagined rollout
+    stored_state: bool = False  # it starts from the state that the agent had at the first of them, not from zeros
 
     # --- shared block: derived settings ---
     @property
@@ -217,6 +219,9 @@ def check_args(args: Args) -> None:
     reason = f"is less than --context {args.context} and --burn-in {args.burn_in} need: give at least {window}"
     require(args, "num_steps", args.num_steps >= window, reason)
     require(args, "replay_size", args.replay_size >= rollout, f"cannot hold one rollout: give at least {rollout}")
+    fewest = args.num_envs * (args.burn_in + 1)
+    reason = f"is less than --burn-in {args.burn_in} needs: give at least {fewest}"
+    require(args, "imagination_recent", args.imagination_recent >= fewest, reason)
     require(args, "codebook_size", args.codebook_size <= 65_536, "does not fit into 16-bit tokens: give at most 65536")
 
 
@@ -492,7 +497,7 @@ class Rollout:
     values: Array  # Float[T, B], normalised
     rewards: Array  # Float[T, B]
     dones: Array  # Bool[T, B]: the episode ended with action t
-    hidden: Array  # Float[1, B, D]: GRU state before the first frame
+    hidden: Array  # Float[T, B, D]: GRU state before frame t
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
@@ -645,12 +650,12 @@ def collect(args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool) 
         state, frame, rewards, dones, achievements = env_step(carry.state, actions, keys)
         returns = carry.episode_return + rewards
         record = jnp.column_stack([jnp.ones_like(returns), returns, length, achievements]) * dones[:, None]
-        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones)
+        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones, carry.hidden)
         return EnvCarry(state, frame, dones, hidden, jnp.where(dones, 0.0, returns)), (outputs, record)
 
     after, (outputs, records) = jax.lax.scan(step, carry, jax.random.split(key, args.num_steps))
     last_value = act(args, params, after.frame, after.reset, after.hidden, key, greedy)[2]  # its action goes unused
-    return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
+    return after, Rollout(*outputs, last_value[None]), records
 
 
 def add_episodes(sums: Array, records: Array) -> Array:
@@ -935,7 +940,8 @@ class Steps:
     actions: Array  # UInt8[...]
     rewards: Array  # Float[...]
     dones: Array  # Bool[...]
-    frames: Array | None  # UInt8[..., 63, 63, 3]; None where they are not wanted
+    frames: Array | None = None  # UInt8[..., 63, 63, 3]
+    hidden: Array | None = None  # Float[..., D]: GRU state before the frame, when it was collected
 
 
 @struct.dataclass
@@ -951,7 +957,8 @@ class Replay:
 def init_replay(args: Args) -> Replay:
     shape = (args.replay_size // args.num_envs, args.num_envs)
     tokens, frames = jnp.zeros((*shape, BLOCK - 1), jnp.uint16), jnp.zeros((*shape, *FRAME), jnp.uint8)
-    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames)
+    hidden = jnp.zeros((*shape, args.gru_size)) if args.stored_state else None
+    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames, hidden)
     return Replay(split_batch(steps, axis=1), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -964,12 +971,14 @@ def add_to_replay(replay: Replay, new: Steps) -> Replay:
     return Replay(ring, (replay.head + steps) % capacity, jnp.minimum(replay.filled + steps, capacity))
 
 
-def sample_windows(replay: Replay, key: Array, batch: int, length: int) -> Steps:
-    """[batch, length] steps: windows uniform over environments and start times, none across the write head."""
+def sample_windows(replay: Replay, key: Array, batch: int, length: int, recent: int) -> Steps:
+    """[batch, length] of the newest `recent` steps of every environment: windows uniform over environments and start
+    times, none across the write head.
+    """
     (capacity, num_envs), (key_env, key_start) = replay.steps.actions.shape, jax.random.split(key)
-    env = jax.random.randint(key_env, (batch, 1), 0, num_envs)
-    start = jax.random.randint(key_start, (batch, 1), 0, replay.filled - length + 1)  # steps after the oldest one
-    rows = (replay.head - replay.filled + start + jnp.arange(length)) % capacity
+    env, usable = jax.random.randint(key_env, (batch, 1), 0, num_envs), jnp.minimum(replay.filled, recent)
+    start = jax.random.randint(key_start, (batch, 1), 0, usable - length + 1)  # steps after the oldest one
+    rows = (replay.head - usable + start + jnp.arange(length)) % capacity
     return split_batch(jax.tree.map(lambda ring: ring[rows, env], replay.steps), axis=0)
 
 
@@ -979,7 +988,7 @@ def world_model_step(
 ) -> tuple[Learner, dict]:
     """One gradient step on fresh windows of the replay."""
     key_windows, key_dropout = jax.random.split(key)
-    windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1)
+    windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, args.replay_size)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
@@ -1003,7 +1012,7 @@ def imagine(
     """
     batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
     resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])  # frame t starts one if t-1 ended it
-    hidden = jnp.zeros((batch, args.gru_size))
+    hidden = windows.hidden[:, 0] if args.stored_state else jnp.zeros((batch, args.gru_size))
     if args.burn_in:
         hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
 
@@ -1016,7 +1025,7 @@ def imagine(
         tokens = jax.random.categorical(key_token, logits[:, 0])  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
-        outputs = (frame, reset, actions, logprobs, values, rewards, dones)
+        outputs = (frame, reset, actions, logprobs, values, rewards, dones, hidden)
         return (decode(codebook, tokens), dones, next_hidden, tokens, caches), outputs
 
     keys = jax.random.split(key, args.imagination_steps)
@@ -1029,7 +1038,7 @@ def imagine(
         pieces.append(outputs)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     last_value = act(args, policy.params, *carry[:3], key, False)[2]  # its action goes unused
-    return Rollout(*outputs, hidden[None], last_value[None])
+    return Rollout(*outputs, last_value[None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -1038,7 +1047,8 @@ def imagined_batch(
 ) -> tuple[tuple[Rollout, Array, Array], dict]:
     """An imagined rollout from random places of the replay, its advantages and targets; and its rates."""
     key_windows, key_rollout = jax.random.split(key)
-    windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
+    recent = args.imagination_recent // args.num_envs
+    windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, recent)
     rollout = imagine(args, vocab, policy, wm_params, codebook, windows, key_rollout)
     rates = {"reward_rate": rollout.rewards.mean(), "done_rate": rollout.dones.mean()}
     return (rollout, *advantages_and_targets(args, policy.value_norm, rollout)), rates
@@ -1105,7 +1115,8 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
 
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
-    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
+    hidden = rollout.hidden if args.stored_state else None
+    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames, hidden)
     live = live_vocabulary(args, codebook), codebook.size
     logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
     replay = add_to_replay(state.replay, new)
@@ -1145,7 +1156,8 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
     run.media(step, "codebook", codes.reshape(-1, 32, *codes.shape[1:]).swapaxes(1, 2).reshape(-1, 32 * (CELL + 1), 3))
     run.media(step, "rollout", video)
     given, (key_windows, key_tokens) = max(1, args.context // 4), jax.random.split(key)
-    windows = sample_windows(state.replay, key_windows, math.lcm(4, jax.device_count()), args.context + 1)
+    batch = math.lcm(4, jax.device_count())
+    windows = sample_windows(state.replay, key_windows, batch, args.context + 1, args.replay_size)
     vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
     tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
     frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)

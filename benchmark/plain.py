@@ -226,7 +226,7 @@ def world_model_step(
 ) -> tuple[twm.Learner, Array]:
     """One gradient step on the windows that the script would draw; returns the loss as well."""
     key_windows, key_dropout = jax.random.split(key)
-    windows = twm.sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1)
+    windows = twm.sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, args.replay_size)
     key_dropout = key_dropout if args.wm_dropout else None
     loss, grads = jax.value_and_grad(world_model_loss)(model.params, args, size, windows, key_dropout)
     return adam_step(args, model, grads), loss
@@ -237,7 +237,7 @@ def imagined_rollout(
 ) -> tuple:
     """Every step runs the world model over the whole context again. Returns the first seven fields of twm.Rollout."""
     key_windows, key = jax.random.split(key)
-    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
+    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, args.replay_size)
     batch, frames = args.imagination_envs, windows.frames.swapaxes(0, 1)
     resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])
     hidden = jnp.zeros((batch, args.gru_size))

@@ -160,7 +160,7 @@ def setup(args: twm.Args) -> SimpleNamespace:
 def our_rollout(args, vocab, policy, wm_params, codebook, replay, key):
     """Most of twm.imagined_batch."""
     key_windows, key_rollout = jax.random.split(key)
-    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1)
+    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, args.replay_size)
     return twm.imagine(args, vocab, policy, wm_params, codebook, windows, key_rollout)
 
 

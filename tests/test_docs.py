@@ -53,8 +53,8 @@ class Parsed(Exception):
 def parse(program: str, words: list[str], monkeypatch) -> None:
     """Raises what the program's parser raises, SystemExit mostly. Folders of runs may be any name."""
     module = importlib.import_module(program.removeprefix("benchmark/").removesuffix(".py"))
-    if program == "benchmark/emd_speed.py":  # takes the flags of the script that it times
-        module = module.emd
+    if script := {"benchmark/emd_speed.py": "emd", "benchmark/perfect_model.py": "twm"}.get(program):
+        module = getattr(module, script)  # it takes the flags of this one
     if hasattr(module, "parse_args"):
         for flag, folder in itertools.pairwise(words):
             if flag in ("--resume", "--eval-only") and not os.path.exists(f"{folder}/args.json"):

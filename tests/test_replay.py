@@ -55,13 +55,14 @@ def test_it_keeps_exactly_the_latest_steps(tiny, case):
             np.testing.assert_array_equal(one[row], other[0])
 
 
+@pytest.mark.parametrize("recent", [WINDOW, 6, 1000])
 @pytest.mark.parametrize("case", CASES)
-def test_windows_are_uniform_and_never_cross_the_write_head(tiny, case):
+def test_windows_are_uniform_over_the_newest_steps_and_never_cross_the_write_head(tiny, case, recent):
     replay_size, steps = CASES[case]
     replay, capacity = filled_replay(tiny, replay_size, steps), replay_size // ENVS
     sample = jax.jit(twm.sample_windows, static_argnums=(2, 3))
     replay = replay.replace(steps=replay.steps.replace(frames=None))
-    windows = jax.device_get(sample(replay, jax.random.PRNGKey(7), 20_000, WINDOW))
+    windows = jax.device_get(sample(replay, jax.random.PRNGKey(7), 20_000, WINDOW, recent))
     env, step = np.divmod(windows.rewards.astype(int), 1000)  # Int[batch, T]
     assert (env == env[:, :1]).all(), "a window changes environment"
     np.testing.assert_array_equal(step, step[:, :1] + np.arange(WINDOW), err_msg="a window is not consecutive")
@@ -69,7 +70,7 @@ def test_windows_are_uniform_and_never_cross_the_write_head(tiny, case):
     np.testing.assert_array_equal(windows.actions, (step + env) % 17)
     np.testing.assert_array_equal(windows.dones, (step + env) % 5 == 0)
     assert windows.frames is None
-    oldest = max(0, steps - capacity)
+    oldest = max(0, steps - min(capacity, recent))
     possible = [(b, start) for b in range(ENVS) for start in range(oldest, steps - WINDOW + 1)]
     drawn = Counter(zip(env[:, 0].tolist(), step[:, 0].tolist(), strict=True))
     assert set(drawn) <= set(possible)
@@ -79,7 +80,7 @@ def test_windows_are_uniform_and_never_cross_the_write_head(tiny, case):
 
 def test_windows_bring_their_own_frames(tiny):
     replay = filled_replay(tiny, 35, 48)
-    windows = jax.device_get(twm.sample_windows(replay, jax.random.PRNGKey(0), 50, WINDOW))
+    windows = jax.device_get(twm.sample_windows(replay, jax.random.PRNGKey(0), 50, WINDOW, 48))
     env, step = np.divmod(windows.rewards.astype(int), 1000)
     assert windows.frames.shape == (50, WINDOW, 63, 63, 3)
     np.testing.assert_array_equal(windows.frames.min((2, 3, 4)), (step + 50 * env) % 256)
@@ -88,10 +89,8 @@ def test_windows_bring_their_own_frames(tiny):
 
 def test_different_keys_draw_different_windows(tiny):
     replay = filled_replay(tiny, 35, 48)
-    one, same, other = (
-        np.divmod(np.asarray(twm.sample_windows(replay, jax.random.PRNGKey(k), 50, WINDOW).rewards[:, 0], int), 1000)
-        for k in (1, 1, 2)
-    )
+    one, same, other = (twm.sample_windows(replay, jax.random.PRNGKey(k), 50, WINDOW, 48) for k in (1, 1, 2))
+    one, same, other = (np.divmod(np.asarray(x.rewards[:, 0], int), 1000) for x in (one, same, other))
     np.testing.assert_array_equal(one, same)
     for part in (0, 1):  # environments and steps
         assert not np.array_equal(one[part], other[part])

@@ -1,0 +1,62 @@
+"""benchmark/perfect_model.py: its states are those of the rollout, and its rollouts are the environment's own."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import twm_dyna_craftax as twm
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import perfect_model
+
+
+@pytest.fixture(scope="module")
+def played(tiny):
+    """A replay of three rollouts of one policy, and the carry before each of them and after the last."""
+    args = tiny(imagination_steps=6, imagination_envs=4, burn_in=5)
+    start = jax.random.PRNGKey(3)
+    policy, carries, replay = twm.init_policy(args, start), [twm.init_env(args, start)], None
+    for key in jax.random.split(start, 3):
+        carry, rollout, _ = twm.collect(args, policy.params, carries[-1], key, False)
+        states = perfect_model.states_of(args, carries[-1].state, rollout.actions, key)
+        steps = twm.Steps(states, rollout.actions, rollout.rewards, rollout.dones, rollout.frames)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((16, *leaf.shape[1:]), leaf.dtype), steps)
+        replay = replay or twm.Replay(empty, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        replay = twm.add_to_replay(replay, steps)
+        carries.append(carry)
+    return args, policy, replay, carries
+
+
+def test_the_replay_holds_the_states_that_were_rendered(played):
+    _, _, replay, carries = played
+    rows = (jnp.arange(16) + replay.head) % 16  # from the oldest step, the third of the first rollout
+    states, frames = jax.tree.map(lambda ring: ring[rows], (replay.steps.tokens, replay.steps.frames))
+    assert (jax.jit(jax.vmap(twm.render))(states) == frames).all()
+    for row, carry in ((4, carries[1]), (10, carries[2])):
+        for leaf, real in zip(jax.tree.leaves(states), jax.tree.leaves(carry.state), strict=True):
+            assert (leaf[row] == real).all()
+
+
+def test_a_rollout_starts_in_a_replayed_state_and_follows_the_environment(played):
+    args, policy, replay, _ = played
+    (rollout, advantages, targets), rates = perfect_model.true_batch(args, policy, replay, jax.random.PRNGKey(4))
+    key_windows, key_rollout = jax.random.split(jax.random.PRNGKey(4))
+    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, args.replay_size)
+    assert (rollout.frames[0] == windows.frames[:, -1]).all() and len(np.unique(rollout.frames[0].sum((1, 2, 3)))) > 1
+    state = jax.tree.map(lambda leaf: leaf[:, -1], windows.tokens)
+    for t, key in enumerate(jax.random.split(key_rollout, args.imagination_steps)):
+        assert (rollout.frames[t] == twm.render(state)).all()
+        keys = jax.random.split(jax.random.split(key)[1], args.imagination_envs)
+        state, _, rewards, dones, _ = jax.jit(twm.env_step)(state, rollout.actions[t], keys)
+        assert (rollout.rewards[t] == rewards).all() and (rollout.dones[t] == dones).all()
+    assert rates["reward_rate"] == (np.asarray(rollout.rewards) >= 0.5).mean()
+    assert advantages.shape == targets.shape == (args.imagination_steps, args.imagination_envs)
+    # With five frames of burn-in from a state of zeros, the policy's values are those of the whole sequence of frames.
+    resets = jnp.concatenate([jnp.zeros((1, 4), bool), windows.dones.T[:-1]])
+    frames = windows.frames.swapaxes(0, 1)
+    values = twm.Policy(args).apply({"params": policy.params}, frames, resets, jnp.zeros((4, args.gru_size)))[1]
+    np.testing.assert_allclose(rollout.values[0], values[-1], atol=1e-5)
