@@ -450,7 +450,7 @@ class Rollout:
     values: Array  # Float[T, B], normalised
     rewards: Array  # Float[T, B]
     dones: Array  # Bool[T, B]: the episode ended with action t
-    hidden: Array  # Float[T, B, D]: GRU state before frame t
+    hidden: Array  # Float[1, B, D]: GRU state before the first frame
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
@@ -603,12 +603,12 @@ def collect(args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool) 
         state, frame, rewards, dones, achievements = env_step(carry.state, actions, keys)
         returns = carry.episode_return + rewards
         record = jnp.column_stack([jnp.ones_like(returns), returns, length, achievements]) * dones[:, None]
-        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones, carry.hidden)
+        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones)
         return EnvCarry(state, frame, dones, hidden, jnp.where(dones, 0.0, returns)), (outputs, record)
 
     after, (outputs, records) = jax.lax.scan(step, carry, jax.random.split(key, args.num_steps))
     last_value = act(args, params, after.frame, after.reset, after.hidden, key, greedy)[2]  # its action goes unused
-    return after, Rollout(*outputs, last_value[None]), records
+    return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
 
 
 def add_episodes(sums: Array, records: Array) -> Array:

@@ -118,7 +118,6 @@ class Args:
     imagination_steps: int = 20  # length of an imagined rollout, at most context
     imagination_recent: int = 128_000  # newest transitions of the replay from which imagined rollouts start
     burn_in: int = 5  # real frames that warm up the GRU before an imagined rollout
-    stored_state: bool = False  # it starts from the state that the agent had at the first of them, not from zeros
 
     # --- shared block: derived settings ---
     @property
@@ -497,7 +496,7 @@ class Rollout:
     values: Array  # Float[T, B], normalised
     rewards: Array  # Float[T, B]
     dones: Array  # Bool[T, B]: the episode ended with action t
-    hidden: Array  # Float[T, B, D]: GRU state before frame t
+    hidden: Array  # Float[1, B, D]: GRU state before the first frame
     last_value: Array  # Float[1, B]: normalised value of the frame after the last step
 
 
@@ -650,12 +649,12 @@ def collect(args: Args, params: Any, carry: EnvCarry, key: Array, greedy: bool) 
         state, frame, rewards, dones, achievements = env_step(carry.state, actions, keys)
         returns = carry.episode_return + rewards
         record = jnp.column_stack([jnp.ones_like(returns), returns, length, achievements]) * dones[:, None]
-        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones, carry.hidden)
+        outputs = (carry.frame, carry.reset, actions, logprobs, values, rewards, dones)
         return EnvCarry(state, frame, dones, hidden, jnp.where(dones, 0.0, returns)), (outputs, record)
 
     after, (outputs, records) = jax.lax.scan(step, carry, jax.random.split(key, args.num_steps))
     last_value = act(args, params, after.frame, after.reset, after.hidden, key, greedy)[2]  # its action goes unused
-    return after, Rollout(*outputs, last_value[None]), records
+    return after, Rollout(*outputs, carry.hidden[None], last_value[None]), records
 
 
 def add_episodes(sums: Array, records: Array) -> Array:
@@ -940,8 +939,7 @@ class Steps:
     actions: Array  # UInt8[...]
     rewards: Array  # Float[...]
     dones: Array  # Bool[...]
-    frames: Array | None = None  # UInt8[..., 63, 63, 3]
-    hidden: Array | None = None  # Float[..., D]: GRU state before the frame, when it was collected
+    frames: Array | None  # UInt8[..., 63, 63, 3]; None where they are not wanted
 
 
 @struct.dataclass
@@ -957,8 +955,7 @@ class Replay:
 def init_replay(args: Args) -> Replay:
     shape = (args.replay_size // args.num_envs, args.num_envs)
     tokens, frames = jnp.zeros((*shape, BLOCK - 1), jnp.uint16), jnp.zeros((*shape, *FRAME), jnp.uint8)
-    hidden = jnp.zeros((*shape, args.gru_size)) if args.stored_state else None
-    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames, hidden)
+    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames)
     return Replay(split_batch(steps, axis=1), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -1012,7 +1009,7 @@ def imagine(
     """
     batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
     resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])  # frame t starts one if t-1 ended it
-    hidden = windows.hidden[:, 0] if args.stored_state else jnp.zeros((batch, args.gru_size))
+    hidden = jnp.zeros((batch, args.gru_size))
     if args.burn_in:
         hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
 
@@ -1025,7 +1022,7 @@ def imagine(
         tokens = jax.random.categorical(key_token, logits[:, 0])  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
-        outputs = (frame, reset, actions, logprobs, values, rewards, dones, hidden)
+        outputs = (frame, reset, actions, logprobs, values, rewards, dones)
         return (decode(codebook, tokens), dones, next_hidden, tokens, caches), outputs
 
     keys = jax.random.split(key, args.imagination_steps)
@@ -1038,7 +1035,7 @@ def imagine(
         pieces.append(outputs)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     last_value = act(args, policy.params, *carry[:3], key, False)[2]  # its action goes unused
-    return Rollout(*outputs, last_value[None])
+    return Rollout(*outputs, hidden[None], last_value[None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -1115,8 +1112,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
 
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
-    hidden = rollout.hidden if args.stored_state else None
-    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames, hidden)
+    new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
     live = live_vocabulary(args, codebook), codebook.size
     logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
     replay = add_to_replay(state.replay, new)

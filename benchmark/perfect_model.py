@@ -44,7 +44,7 @@ def true_batch(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Arr
     windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, recent)
     batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
     resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])
-    hidden = windows.hidden[:, 0] if args.stored_state else jnp.zeros((batch, args.gru_size))
+    hidden = jnp.zeros((batch, args.gru_size))
     if args.burn_in:
         hidden = twm.Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
     state = jax.tree.map(lambda leaf: leaf[:, -1], windows.tokens)  # the replay has states in the place of tokens
@@ -75,8 +75,7 @@ def main() -> None:
         policy, real = twm.ppo_update(args, policy, rollout, jnp.array(iteration))
         clock.lap("policy_real")
         states, actions = states_of(args, before, rollout.actions, key_collect), rollout.actions.astype(jnp.uint8)
-        hidden = rollout.hidden if args.stored_state else None
-        new = twm.Steps(states, actions, rollout.rewards, rollout.dones, rollout.frames, hidden)
+        new = twm.Steps(states, actions, rollout.rewards, rollout.dones, rollout.frames)
         replay = twm.add_to_replay(replay, new)
         clock.lap("replay", replay)
         log = []
