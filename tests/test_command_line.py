@@ -30,6 +30,7 @@ OUT_OF_PLACE = {  # flags beside --preset smoke (4 environments x 6 steps, conte
     "burn-in beyond the rollout": (["--burn-in", "6"], ["--num-steps 6", "--burn-in"]),
     "codebook too large": (["--codebook-size", "70000"], ["--codebook-size 70000"]),
     "replay too small": (["--replay-size", "20"], ["--replay-size 20", "24"]),
+    "starts too recent": (["--imagination-recent", "11"], ["--imagination-recent 11", "12"]),
     "no channels": (["--encoder-channels"], ["--encoder-channels"]),
     "a channel of size 0": (["--encoder-channels", "16", "0"], ["--encoder-channels"]),
     "negative period": (["--media-every", "-1"], ["--media-every -1"]),
