@@ -28,6 +28,13 @@ import twm_dyna_craftax as twm  # noqa: E402
 SCRIPT = ROOT / "twm_dyna_craftax.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Forget a file's compiled programs: they hold thousands of memory mappings, and beyond 65,530 a process dies."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Settings of the smoke preset with some of them changed."""
