@@ -1,0 +1,79 @@
+"""benchmark/imagined_gradient.py: its statistics, and that each variant has from the world model what it says."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import twm_dyna_craftax as twm
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import imagined_gradient
+
+
+def test_signal_and_noise_are_those_of_pairs():
+    gradients = np.random.default_rng(0).normal(size=(5, 3)) + 1
+    mean, signal, noise = imagined_gradient.moments(jnp.array(g) for g in gradients)
+    pairs = [gradients[i] @ gradients[j] for i in range(5) for j in range(5) if i != j]
+    np.testing.assert_allclose(mean, gradients.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(signal, np.mean(pairs), rtol=1e-4)
+    np.testing.assert_allclose(noise, gradients.var(0, ddof=1).sum(), rtol=1e-4)  # the unbiased variance
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny):
+    """A state with a grown codebook, a replay of its states, and the rollouts of three variants from one key."""
+    args = tiny(imagination_steps=4, imagination_envs=4, burn_in=2, context=4)
+    state = twm.init_state(args)
+    _, rollout, _ = twm.collect(args, state.policy.params, state.env, jax.random.PRNGKey(1), False)
+    state = state.replace(codebook=twm.grow_codebook(args, state.codebook, rollout.frames)[0])
+    replay, vocab = imagined_gradient.play(args, state), twm.live_vocabulary(args, state.codebook)
+    variants = ("environment", "expected rewards", "all")
+    key = jax.random.PRNGKey(2)
+    drawn = {v: imagined_gradient.mixed_batch(args, vocab, v, state, replay, key) for v in variants}
+    return args, state, replay, vocab, drawn
+
+
+def tokens_of(codebook, frames):
+    patches = twm.to_cells(frames).reshape(-1, codebook.codes.shape[1]).astype(jnp.float32)
+    distance, code = twm.nearest_code(codebook, patches)
+    return np.asarray(distance).reshape(*frames.shape[:2], -1), code.reshape(*frames.shape[:2], -1)
+
+
+def test_variants_differ_in_what_they_say(rollouts):
+    args, state, replay, vocab, drawn = rollouts
+    real, expected, model = (drawn[variant][0][0] for variant in ("environment", "expected rewards", "all"))
+    for field in ("frames", "actions", "dones", "resets", "values"):
+        assert (getattr(real, field) == getattr(expected, field)).all()  # one key: one course of events
+    played = {frame.tobytes() for frame in np.asarray(replay.steps.frames).reshape(-1, 63, 63, 3)}
+    assert all(frame.tobytes() in played for frame in np.asarray(real.frames[0]))
+    assert (real.frames[0] == model.frames[0]).all() and (real.frames[1] != model.frames[1]).any()
+    assert tokens_of(state.codebook, model.frames[1:])[0].max() == 0  # imagined frames consist of codes
+
+    # Expected rewards are the probabilities of the true frames' sequence; drawn ones are 0 or 1.
+    tokens = tokens_of(state.codebook, real.frames)[1].swapaxes(0, 1)
+    model_of = twm.WorldModel(args).apply(
+        {"params": state.model.params}, tokens, real.actions.T, vocab, state.codebook.size
+    )
+    np.testing.assert_allclose(expected.rewards.T, jax.nn.softmax(model_of[1])[..., 1], atol=1e-5)
+    assert set(np.unique(model.rewards)) <= {0.0, 1.0} and ((real.rewards * 10) % 1 < 1e-5).all()
+
+
+def test_the_gradient_is_that_of_the_policy_loss_in_adams_units(rollouts):
+    args, state, _, _, drawn = rollouts
+    (rollout, advantages, targets), _ = drawn["environment"]
+    policy = state.policy
+
+    def loss(params):
+        return twm.ppo_loss(params, args, policy.value_norm, rollout, advantages, targets)[1]["policy_loss"]
+
+    plain = jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(loss)(policy.params))])
+    ours = imagined_gradient.policy_gradient(
+        dataclasses.replace(args, micro_batch_frames=8), policy, drawn["environment"][0]
+    )
+    assert np.abs(plain).max() > 0
+    np.testing.assert_allclose(ours * 1e-5, plain, atol=1e-6)  # before the first step Adam's moments are 0
