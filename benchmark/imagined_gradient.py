@@ -171,7 +171,8 @@ def main(argv: list[str]) -> None:
     run |= {"steps": int(state.iteration) * args.num_envs * args.num_steps}
     run["metrics"] = measure(args, state, flags.batches)
     run["wall_seconds"] = round(time.perf_counter() - started)
-    run["settings"] = {name: value for name, value in dataclasses.asdict(args).items() if name != "eval_only"}
+    paths = ("runs_dir", "resume", "eval_only")
+    run["settings"] = {name: value for name, value in dataclasses.asdict(args).items() if name not in paths}
     run["commit"] = results.commit_of(next(folder.glob("*.py")))
     command = f"python benchmark/imagined_gradient.py runs/{folder.name} {flags.name} --batches {flags.batches}"
     results.write(flags.name, [command], [run], {})

@@ -77,3 +77,16 @@ def test_the_gradient_is_that_of_the_policy_loss_in_adams_units(rollouts):
     )
     assert np.abs(plain).max() > 0
     np.testing.assert_allclose(ours * 1e-5, plain, atol=1e-6)  # before the first step Adam's moments are 0
+
+
+def test_every_variant_is_compared_with_the_environment(rollouts, monkeypatch, capsys):
+    args, state, *_, drawn = rollouts
+    monkeypatch.setattr(imagined_gradient, "VARIANTS", {name: imagined_gradient.VARIANTS[name] for name in drawn})
+    table = imagined_gradient.measure(args, state, batches=2)
+    assert list(table) == list(drawn) == [line[:22].strip() for line in capsys.readouterr().out.splitlines()]
+    for name, row in table.items():
+        assert row["signal_to_noise"] == pytest.approx(row["signal"] / row["noise"], rel=1e-3)
+        assert ("cosine" in row) == ("projection" in row) == (name != "environment")
+    assert table["all"]["reward_rate"] * 16 * 2 % 1 == pytest.approx(
+        0, abs=1e-3
+    )  # of 2 batches of 4 rollouts of 4 steps
