@@ -9,7 +9,8 @@ by the root of Adam's second moments, as its step would be. For every variant re
 
 signal      |E g|^2, without bias from noise: the mean product of two different batches' gradients
 noise       E |g - E g|^2 of one batch
-cosine      between E g and that of the environment's rollouts, whose draws are others, without bias from noise
+cosine      between E g and that of the environment's rollouts, whose draws are others, without bias from noise;
+            left out where too few batches give a signal below 0
 projection  of E g on the latter, as a multiple of it: how much of the true step is taken
 """
 
@@ -147,8 +148,9 @@ def measure(args: twm.Args, state: twm.TrainState, batches: int) -> dict:
         reference = reference or (mean, signal)
         row = {"signal": signal, "noise": noise, "signal_to_noise": signal / noise}
         if variant != "environment":  # its draws are the reference's own
-            row["cosine"] = float(mean @ reference[0]) / max(signal * reference[1], 1e-30) ** 0.5
             row["projection"] = float(mean @ reference[0]) / reference[1]
+            if min(signal, reference[1]) > 0:
+                row["cosine"] = float(mean @ reference[0]) / (signal * reference[1]) ** 0.5
         row |= twm.mean_of(rates) | {"seconds": time.perf_counter() - started}
         table[variant] = {name: results.rounded(value) for name, value in row.items()}
         print(f"{variant:22}", "  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
