@@ -56,12 +56,8 @@ def mixed_batch(
     """
     frames_of, ends_of, rewards_of = VARIANTS[variant]
     key_windows, key_rollout = jax.random.split(key)
-    windows = twm.sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, args.replay_size)
-    batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
-    resets = jnp.concatenate([jnp.zeros((1, batch), bool), windows.dones.T[:-1]])
-    hidden, policy = jnp.zeros((batch, args.gru_size)), state.policy
-    if args.burn_in:
-        hidden = twm.Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
+    policy, batch = state.policy, args.imagination_envs
+    start = perfect_model.starts(args, policy, replay, key_windows)
 
     def encode(frames: Array) -> Array:
         patches = twm.to_cells(frames).reshape(-1, state.codebook.codes.shape[1]).astype(jnp.float32)
@@ -87,12 +83,12 @@ def mixed_batch(
         outputs = (frame, reset, actions, logprobs, values, rewards, dones)
         return (world, next_frame, dones, next_hidden, tokens, caches), outputs
 
-    world = jax.tree.map(lambda leaf: leaf[:, -1], windows.tokens)  # the replay has states in the place of tokens
-    carry = (world, frames[-1], resets[-1], hidden, encode(frames[-1]), twm.empty_caches(args, batch))
+    tokens, caches = encode(start.frame), twm.empty_caches(args, batch)
+    carry = (start.state, start.frame, start.reset, start.hidden, tokens, caches)
     inputs = jnp.arange(args.imagination_steps), jax.random.split(key_rollout, args.imagination_steps)
     carry, outputs = jax.lax.scan(step, carry, inputs)
     last_value = twm.act(args, policy.params, *carry[1:4], key, False)[2]
-    rollout = twm.Rollout(*outputs, hidden[None], last_value[None])
+    rollout = twm.Rollout(*outputs, start.hidden[None], last_value[None])
     achieved = rollout.rewards >= 0.5 if rewards_of == "environment" else rollout.rewards  # real ones follow health too
     rates = {"reward_rate": achieved.mean(), "done_rate": rollout.dones.mean()}
     return (rollout, *twm.advantages_and_targets(args, policy.value_norm, rollout)), rates
