@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The `cpu` preset for one million environment steps, the same with its earlier, narrow encoder, and that for 200,000 steps with
-# and without GRU, a run per seed: about 50, 40, 8 and 6 minutes a run on one idle core. RUNS says where the run folders go,
+# The `cpu` preset for one million environment steps, the same with its earlier, narrow encoder, that for 200,000 steps, the preset
+# for as many, and narrow without GRU, a run per seed: about 50, 40, 8, 10 and 6 minutes a run on one idle core. RUNS says where the run folders go,
 # SEEDS which seeds; an interrupted run goes on with `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,7 @@ measure() { # NAME FLAGS...
 measure ppo_cnnrnn_craftax_cpu
 measure ppo_cnnrnn_craftax_narrow --encoder-channels 48 32
 measure ppo_cnnrnn_craftax_200k --encoder-channels 48 32 --total-steps 200000
+measure ppo_cnnrnn_craftax_200k_wide --total-steps 200000
 measure ppo_cnnrnn_craftax_no_gru --encoder-channels 48 32 --no-gru --total-steps 200000
 python benchmark/plot.py docs/media/ppo_cnnrnn_craftax_cpu.png reward_percent,score_percent,real_entropy \
   "PPO, cpu preset=$results/ppo_cnnrnn_craftax_cpu.json" "narrow encoder=$results/ppo_cnnrnn_craftax_narrow.json" \
