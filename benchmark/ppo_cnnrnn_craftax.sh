@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The `cpu` preset for one million environment steps, the same with its earlier, narrow encoder, that for 200,000 steps, the preset
-# for as many, and narrow without GRU, a run per seed: about 50, 40, 8, 10 and 6 minutes a run on one idle core. RUNS says where the run folders go,
-# SEEDS which seeds; an interrupted run goes on with `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
+# The `cpu` preset for one million environment steps, the same with its earlier, narrow encoder, that for 200,000 steps, the
+# preset for as many, and the narrow one without GRU, a run per seed: about 50, 40, 8, 10 (computed) and 6 minutes a run on
+# one idle core. RUNS says where the run folders go, SEEDS which seeds; an interrupted run goes on with
+# `python ppo_cnnrnn_craftax.py --resume RUN_FOLDER`, then start this again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=benchmark/results
