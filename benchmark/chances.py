@@ -120,12 +120,14 @@ def table(steps: dict[str, np.ndarray]) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="of a Craftax script of today's version")
+    parser.add_argument("folder", metavar="RUN_FOLDER", help="of ppo_cnnrnn_craftax.py or twm_dyna_craftax.py")
     parser.add_argument("name", help="of the result file")
     parser.add_argument("--rollouts", type=int, default=25, help="of the run's own length and environments")
     flags = parser.parse_args(argv)
     folder, started = Path(flags.folder).resolve(), time.perf_counter()
-    script = importlib.import_module(folder.name.split("__")[0])
+    if (name := folder.name.split("__")[0]) not in ("ppo_cnnrnn_craftax", "twm_dyna_craftax"):
+        sys.exit(f"chances.py: {flags.folder} is no run folder of a Craftax script: name one")
+    script = importlib.import_module(name)
     try:
         args = script.parse_args(["--eval-only", str(folder)])
         state = script.load_checkpoint("--eval-only", folder, script.init_state(args))
