@@ -4,7 +4,8 @@
 
 The run's newest policy plays on, sampling its actions as in training. At every step the environment itself is asked
 what each of the 17 actions would unlock, luck of the moment included: a chance is a step at which some action would
-unlock what this episode has not unlocked yet. Of whole episodes, for each of the 22 achievements:
+unlock what this episode has not unlocked yet. Of episodes that begin and end meanwhile, which favours short ones, for
+each of the 22 achievements:
 
 - unlocked: share of episodes that unlock it
 - chance: share of episodes with a chance at one step or more
