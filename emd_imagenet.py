@@ -1064,7 +1064,7 @@ class Evaluator:
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
     """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end."""
     net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
-    average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters())
+    average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters(), fused=True)
     if args.compile:
         net.unet.compile()
 
@@ -1094,7 +1094,7 @@ def init_state(args: Args, teacher: Denoiser) -> dict[str, Any]:
     state: dict[str, Any] = {name: make_student(args, teacher) for name in ("generator", "score", "average")}
     state["average"].requires_grad_(False)
     for name in ("generator", "score"):
-        state[f"adam_{name}"] = torch.optim.Adam(state[name].parameters(), betas=(args.beta1, args.beta2))
+        state[f"adam_{name}"] = torch.optim.Adam(state[name].parameters(), betas=(args.beta1, args.beta2), fused=True)
     return state
 
 

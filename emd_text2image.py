@@ -1155,7 +1155,7 @@ def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
     would take memory for another copy of the parameters.
     """
     if args.beta1:
-        return torch.optim.Adam(net.parameters(), betas=(args.beta1, args.beta2))
+        return torch.optim.Adam(net.parameters(), betas=(args.beta1, args.beta2), fused=True)
     return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8, foreach=False)
 
 
@@ -1173,7 +1173,7 @@ def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dic
     vae, net = pipe.vae, nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     denoiser, average = Denoiser(args, pipe.unet, pipe.scheduler).to(acc.device), copy.deepcopy(net)
     average.requires_grad_(False)
-    adam_vae, adam = torch.optim.Adam(vae.parameters()), torch.optim.Adam(net.parameters())
+    adam_vae, adam = (torch.optim.Adam(part.parameters(), fused=True) for part in (vae, net))
 
     def batch(noise: Noise, count: int) -> tuple[Tensor, list[str]]:
         texts = [captions[i] for i in noise.integers(len(captions), count).tolist()]

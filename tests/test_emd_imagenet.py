@@ -562,6 +562,24 @@ def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
     assert rates["denoising"] == [0.5] * 16
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_optimiser_is_adam_in_either_layout(channels_last):
+    args, teacher, _ = tiny(channels_last=channels_last, beta2=0.9)
+    state = emd.init_state(args, teacher)
+    net, adam = state["generator"], state["adam_generator"]
+    second = [torch.zeros_like(p) for p in net.parameters()]
+    for update in range(1, 4):
+        _, z, _, _, labels = draw(args, seed=update)
+        emd.generate(net, z, labels, args.sigma_star).pow(2).mean().backward()
+        before, grads = zip(*((p.detach().clone(), p.grad.clone()) for p in net.parameters()), strict=True)
+        adam.param_groups[0]["lr"] = 1e-2
+        adam.step(), adam.zero_grad()
+        for p, old, grad, v in zip(net.parameters(), before, grads, second, strict=True):  # with beta1 = 0
+            v.mul_(0.9).add_(0.1 * grad**2)
+            expected = old - 1e-2 * grad / ((v / (1 - 0.9**update)).sqrt() + 1e-8)
+            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+
+
 def adm_forward(weights, x, timestep, labels, config, per_head):
     """A UNet of the ADM layout written out from OpenAI-format weights, for the key map to be compared with. Attention:
     heads of 64 channels and (three, head, channel) as in the EDM weights, or four and (head, three, channel).
