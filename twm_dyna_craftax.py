@@ -1087,7 +1087,8 @@ class TrainState:
 
 
 def init_state(args: Args) -> TrainState:
-    key_policy, key_model, key_env = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    key = jax.random.PRNGKey(args.seed)
+    (key_policy, key_env), key_model = jax.random.split(key), jax.random.fold_in(key, 2_000_000)
     codebook = Codebook(jnp.zeros((args.codebook_size, CELL * CELL * 3), jnp.uint8), jnp.zeros((), jnp.int32))
     replicated = functools.partial(jax.device_put, device=on_devices(None))
     sums, iteration = replicated((jnp.zeros((1 + args.window_iterations, 25)), jnp.zeros((), jnp.int32)))
@@ -1099,10 +1100,10 @@ def init_state(args: Args) -> TrainState:
 def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
     """[TWM] Algorithm 1, one round; the phases are Python loops over jitted steps."""
     clock, logs, env_steps = Clock(), {}, args.num_envs * args.num_steps
-    key_collect, key_model, key_imagine = jax.random.split(key, 3)
+    key_model, key_imagine = (jax.random.fold_in(key, n) for n in (2_000_000, 3_000_000))
 
-    # 1. Collect real steps.
-    env, rollout, records = collect(args, state.policy.params, state.env, key_collect, False)
+    # 1. Collect real steps, with the draws of ppo_cnnrnn_craftax.py: without imagination the agent is PPO, bit for bit.
+    env, rollout, records = collect(args, state.policy.params, state.env, key, False)
     sums = add_episodes(state.episode_sums, records)
     clock.lap("collect", sums)
 

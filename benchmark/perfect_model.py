@@ -71,7 +71,8 @@ def main() -> None:
     replay = start.replay.replace(steps=start.replay.steps.replace(tokens=states))
     for iteration in range(args.num_iterations):
         clock, step = twm.Clock(), (iteration + 1) * env_steps
-        key_collect, _, key_imagine = jax.random.split(jax.random.fold_in(base_key, iteration), 3)
+        key_collect = jax.random.fold_in(base_key, iteration)  # keys are those of the script's iteration
+        key_imagine = jax.random.fold_in(key_collect, 3_000_000)
         before = env.state
         env, rollout, records = twm.collect(args, policy.params, env, key_collect, False)
         sums = twm.add_episodes(sums, records)

@@ -42,6 +42,15 @@ def test_a_run_leaves_the_files_it_promises(smoke):
     assert sum(line.startswith("step ") and "ETA" in line for line in out.splitlines()) == 4
 
 
+def test_the_world_model_agent_is_ppo_until_it_imagines(smoke, smoke_run):
+    """Same seed, same numbers: the world model is trained meanwhile and touches neither policy nor environments."""
+    for ours, other in zip(metrics_of(smoke[0]), metrics_of(smoke_run.folder), strict=True):
+        shared = {name for name in ours if not name.startswith("perf/")}
+        assert len(shared) > 8 and shared <= other.keys()
+        differ = {name for name in shared if ours[name] != other[name]}
+        assert (not differ) if ours["step"] <= 48 else "losses/real_loss" in differ, (ours["step"], differ)
+
+
 def test_two_and_two_iterations_equal_four(smoke, tmp_path):
     folder, _ = run(tmp_path, "--preset", "smoke", "--total-steps", 48, "--eval-episodes", 0)
     run(tmp_path, "--resume", folder, "--total-steps", 96)
