@@ -128,8 +128,8 @@ def test_ppo_solves_a_memory_task_with_the_gru_and_not_without(gru):
         rollout = episodes(learner.params, jax.random.PRNGKey(i))
         learner, _ = ppo.ppo_update(args, learner, rollout, jnp.int32(0))
         right.append(float(rollout.rewards[-1].mean()))
-    # Of 2,560 answers each; their standard error at one half is 0.01. The best, since what was learnt is lost for a while
-    # now and then, at another iteration on every kind of processor.
+    # Of 2,560 answers each; their standard error at one half is 0.01. The best, since what was learnt is lost for a
+    # while now and then, at another iteration on every kind of processor.
     shares = np.mean(np.reshape(right, (5, 20)), axis=1)
     assert max(shares) > 0.9 if gru else max(abs(shares - 0.5)) < 0.1, shares
 
