@@ -20,6 +20,7 @@ Axes: B environments, T steps, H W C pixels, D hidden size, A actions.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -881,7 +882,10 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
 
 
 def start_jax(args: Args) -> None:
-    """Join other processes, of which the first one prints; keep compiled programs for the next run."""
+    """Join other processes, of which the first one prints; keep freed memory and compiled programs."""
+    if sys.platform == "linux":  # else glibc returns large arrays to the system, and new ones cost page faults
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     if args.distributed and not args.dry_run:
         try:  # JAX itself reads JAX_COORDINATOR_ADDRESS, and asks launchers that it knows
             given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}

@@ -23,6 +23,7 @@ S tokens (82 a step: the cells, then the action), K codes, V codes that the outp
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -770,9 +771,8 @@ def rope(x: Array, position: Array) -> Array:
     """[RoPE] rotate Float[..., S, D] by Int[S] positions; dimension i is paired with i + D / 2."""
     half = x.shape[-1] // 2
     angle = position[:, None] * 10_000.0 ** (-jnp.arange(half) / half)  # Float[S, D / 2]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    left, right = x[..., :half], x[..., half:]
-    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
+    cos, sin = jnp.tile(jnp.cos(angle), 2), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)
+    return x * cos.astype(x.dtype) + jnp.roll(x, half, axis=-1) * sin.astype(x.dtype)
 
 
 def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: Any = 1.0) -> Array:
@@ -788,7 +788,7 @@ def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: An
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LN transformer layer on Float[B, S, d]."""
+    """Pre-LN transformer layer on Float[B * S, d]: gradients of products are faster so than on Float[B, S, d]."""
 
     args: Args
 
@@ -802,7 +802,8 @@ class TransformerBlock(nn.Module):
 
     def heads(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values: Float[heads, B, S, D] each."""
-        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.args.wm_heads, -1)
+        heads = self.args.wm_heads
+        qkv = self.qkv(self.norm1(x)).reshape(-1, len(position), 3, heads, x.shape[-1] // heads)
         query, key, value = jnp.moveaxis(qkv, (2, 3), (0, 1))
         return rope(query, position), rope(key, position), value
 
@@ -811,12 +812,12 @@ class TransformerBlock(nn.Module):
         x = x + self.drop(self.out(jnp.moveaxis(attended, 0, 2).reshape(x.shape)), deterministic)
         return x + self.drop(self.down(nn.gelu(self.up(self.norm2(x)))), deterministic)
 
-    def __call__(self, x: Array, deterministic: bool) -> Array:
+    def __call__(self, x: Array, length: int, deterministic: bool) -> Array:
         """[TWM] block-causal attention: a token sees all tokens of its own step and of earlier ones. Only what is
         visible is computed, one step's queries at a time. The gradient computes weights anew instead of storing them;
         on a CPU, whose caches can hold the weights of one head, heads follow one another.
         """
-        ends = range(BLOCK, x.shape[1] + 1, BLOCK)
+        ends = range(BLOCK, length * BLOCK + 1, BLOCK)
         keeps = [self.drop(jnp.ones((BLOCK, end)), deterministic) for end in ends]  # one mask for batch and heads
 
         @jax.checkpoint
@@ -826,11 +827,11 @@ class TransformerBlock(nn.Module):
             return jnp.concatenate([attend(*part, keep=keep) for part, keep in zip(seen, keeps, strict=True)], axis=1)
 
         at_once = None if jax.default_backend() == "cpu" else self.args.wm_heads
-        heads = self.heads(x, jnp.arange(x.shape[1]))
+        heads = self.heads(x, jnp.arange(length * BLOCK))
         return self.merge(x, jax.lax.map(one_head, heads, batch_size=at_once), deterministic)
 
     def step(self, x: Array, cache: Array, t: Array, length: int) -> tuple[Array, Array]:
-        """Step t alone, Float[B, 82, d], attending to cache Float[2, heads, B, S, D], read up to step length > t."""
+        """Step t alone, Float[B * 82, d], attending to cache Float[2, heads, B, S, D], read up to step length > t."""
         query, key, value = self.heads(x, t * BLOCK + jnp.arange(BLOCK))
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack([key, value]), t * BLOCK, axis=3)
         key, value = cache[:, :, :, : length * BLOCK]
@@ -860,15 +861,16 @@ class WorldModel(nn.Module):
         self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
 
     def embed(self, tokens: Array, actions: Array) -> Array:
-        """Int[B, T, 81], Int[B, T] -> Float[B, T * 82, d]."""
+        """Int[B, T, 81], Int[B, T] -> Float[B * T * 82, d]."""
         x = jnp.concatenate([self.token_table[tokens], self.action_table[actions][:, :, None]], axis=2)
-        return x.reshape(len(x), -1, x.shape[-1]).astype(self.args.compute_dtype)
+        return x.reshape(-1, x.shape[-1]).astype(self.args.compute_dtype)
 
-    def read_out(self, x: Array, vocab: int, size: Array) -> tuple[Array, Array, Array]:
-        x = self.norm(x).reshape(len(x), -1, BLOCK, x.shape[-1])
-        cells, action = nn.relu(self.token_hidden(x[:, :, :-1])), x[:, :, -1]
+    def read_out(self, x: Array, batch: int, vocab: int, size: Array) -> tuple[Array, Array, Array]:
+        x = self.norm(x).reshape(batch, -1, BLOCK, x.shape[-1])
+        cells, action = nn.relu(self.token_hidden(x[:, :, :-1].reshape(-1, x.shape[-1]))), x[:, :, -1]
         logits = cells @ self.token_kernel[:, :vocab].astype(x.dtype) + self.token_bias[:vocab]
-        logits = jnp.where(jnp.arange(vocab) < size, logits.astype(jnp.float32), -1e30)
+        logits = logits.reshape(batch, -1, BLOCK - 1, vocab).astype(jnp.float32)
+        logits = jnp.where(jnp.arange(vocab) < size, logits, -1e30)
         reward = self.reward_out(nn.relu(self.reward_hidden(action))).astype(jnp.float32)
         return logits, reward, self.done_out(nn.relu(self.done_hidden(action))).astype(jnp.float32)
 
@@ -876,8 +878,8 @@ class WorldModel(nn.Module):
         """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]."""
         x = self.drop(self.embed(tokens, actions), deterministic)
         for block in self.blocks:
-            x = block(x, deterministic)
-        return self.read_out(x, vocab, size)
+            x = block(x, tokens.shape[1], deterministic)
+        return self.read_out(x, len(tokens), vocab, size)
 
     def step(
         self, tokens: Array, actions: Array, vocab: int, size: Array, caches: Array, t: Array, length: int
@@ -889,7 +891,7 @@ class WorldModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x, cache = block.step(x, caches[i], t, length)
             caches = caches.at[i].set(cache)
-        return self.read_out(x, vocab, size), caches
+        return self.read_out(x, len(tokens), vocab, size), caches
 
 
 def empty_caches(args: Args, batch: int) -> Array:
@@ -1407,7 +1409,10 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
 
 
 def start_jax(args: Args) -> None:
-    """Join other processes, of which the first one prints; keep compiled programs for the next run."""
+    """Join other processes, of which the first one prints; keep freed memory and compiled programs."""
+    if sys.platform == "linux":  # else glibc returns large arrays to the system, and new ones cost page faults
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     if args.distributed and not args.dry_run:
         try:  # JAX itself reads JAX_COORDINATOR_ADDRESS, and asks launchers that it knows
             given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}

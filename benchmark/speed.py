@@ -543,6 +543,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these parts alone (default: all)")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the parts")
     options = parser.parse_args()
+    twm.start_jax(twm.Args())  # it sets how memory is kept
     begin = time.perf_counter()
     if options.grow:
         rows = grow(options.rounds, ROOT / "docs" / "media" / "speed_growth.png")

@@ -193,6 +193,28 @@ def test_a_run_without_track_imports_no_tracker(smoke_run):
     assert result.returncode == 99  # the trap works
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize("module", [twm, ppo])
+def test_memory_that_jax_frees_is_there_for_its_next_array(module):
+    """Arrays of 64 MB, made and freed in turn by threads of JAX: of 20, most cost no page faults (else 16,384)."""
+    program = f"""
+import resource
+import {module.__name__} as module
+import jax
+module.start_jax(module.PRESETS["smoke"])
+make = jax.jit(lambda i: jax.numpy.full(2**24, i))
+for i in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    make(float(i)).block_until_ready()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert np.median([int(line) for line in result.stdout.split()]) < 1000
+
+
 # --- Signals ---
 class Interrupted(io.RawIOBase):
     """Output whose first write is interrupted by SIGTERM."""
