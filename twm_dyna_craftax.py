@@ -788,7 +788,7 @@ def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: An
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LN transformer layer on Float[B * S, d]: gradients of products are faster so than on Float[B, S, d]."""
+    """Pre-LN transformer layer on Float[B * S, d]: on a CPU gradients are faster so than on Float[B, S, d]."""
 
     args: Args
 
