@@ -1259,7 +1259,9 @@ def main() -> None:
             return dry_run(args)
         torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
         torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
-        (evaluate if args.eval_only else train)(args, Accelerator())
+        acc = Accelerator()
+        (evaluate if args.eval_only else train)(args, acc)
+        acc.end_training()  # a process group whose threads outlive the interpreter may abort it
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
