@@ -1002,6 +1002,15 @@ def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps)
 
 
 # --- Imagination ---
+def draw_tokens(key: Array, logits: Array, size: Array) -> Array:
+    """A code Int[...] in use from each softmax of Float[..., V] logits, by inversion: one random number a token, where
+    jax.random.categorical needs one a code, which on a CPU took longer than the world model.
+    """
+    sums = jnp.cumsum(jnp.exp(logits - logits.max(-1, keepdims=True)), axis=-1)
+    drawn = (sums <= jax.random.uniform(key, logits.shape[:-1])[..., None] * sums[..., -1:]).sum(-1)
+    return jnp.minimum(drawn, size - 1)  # sums over codes not in use may still round up
+
+
 def imagine(
     args: Args, vocab: int, policy: Learner, wm_params: Any, codebook: Codebook, windows: Steps, key: Array
 ) -> Rollout:
@@ -1021,7 +1030,7 @@ def imagine(
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
         (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length)
-        tokens = jax.random.categorical(key_token, logits[:, 0])  # Int[B, 81]
+        tokens = draw_tokens(key_token, logits[:, 0], codebook.size)  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
         outputs = (frame, reset, actions, logprobs, values, rewards, dones)
@@ -1066,7 +1075,7 @@ def replay_actions(
         (tokens, caches), (t, key) = carry, inputs
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
         (logits, _, _), caches = model(tokens, windows.actions[:, t], vocab, size, caches, t, steps)
-        tokens = jnp.where(t + 1 < given, true[:, t + 1], jax.random.categorical(key, logits[:, 0]))
+        tokens = jnp.where(t + 1 < given, true[:, t + 1], draw_tokens(key, logits[:, 0], size))
         return (tokens, caches), tokens
 
     carry = true[:, 0], empty_caches(args, len(true))

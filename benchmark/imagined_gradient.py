@@ -71,7 +71,7 @@ def mixed_batch(
         model = functools.partial(twm.WorldModel(args).apply, {"params": state.model.params}, method="step")
         size, length = state.codebook.size, args.imagination_steps
         (logits, reward, done), caches = model(tokens, actions, vocab, size, caches, t, length)
-        drawn = jax.random.categorical(key_token, logits[:, 0])
+        drawn = twm.draw_tokens(key_token, logits[:, 0], size)
         next_frame = true_frame if frames_of == "environment" else twm.decode(state.codebook, drawn)
         tokens = drawn if frames_of == "model" else encode(true_frame)
         if ends_of == "model":

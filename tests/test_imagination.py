@@ -87,6 +87,33 @@ def test_the_world_model_sees_all_that_was_imagined_before(dream):
     assert blind[0] > 0.995 and blind[1] < 0.9  # without memory it would show from the second step on
 
 
+def test_drawn_tokens_follow_the_softmax_and_are_in_use():
+    codes, size, draws = 300, 280, 200_000
+    logits = jax.random.normal(jax.random.PRNGKey(0), (2, codes)) * jnp.array([[1.0], [4.0]])
+    logits = jnp.where(jnp.arange(codes) < size, logits, -1e30)
+    repeated = jnp.broadcast_to(logits, (draws, 2, codes))
+    drawn = np.asarray(jax.jit(twm.draw_tokens)(jax.random.PRNGKey(1), repeated, size))
+    assert drawn.shape == (draws, 2) and drawn.max() < size
+    for row in range(2):
+        expected = draws * np.asarray(jax.nn.softmax(logits[row]))[:size]
+        counts = np.bincount(drawn[:, row], minlength=size)
+        common = expected >= 5
+        statistic = np.square(counts - expected)[common] / expected[common]
+        assert abs(statistic.sum() - common.sum()) < 5 * np.sqrt(2 * common.sum())  # chi-square
+        rare = expected[~common].sum()
+        assert abs(counts[~common].sum() - rare) < 5 * np.sqrt(rare) + 1
+    assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(("number", "code"), [(0.0, 3), (1 - 2**-23, 6)])
+def test_the_ends_of_the_random_numbers_draw_no_code_without_weight(monkeypatch, number, code):
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, number))
+    logits = jnp.full((5, 16), -1e30).at[:, 3:7].set(jnp.linspace(-2, 3, 20).reshape(5, 4))
+    np.testing.assert_array_equal(twm.draw_tokens(jax.random.PRNGKey(0), logits, 7), code)
+    logits = jnp.where(jnp.arange(300) < 280, jax.random.normal(jax.random.PRNGKey(0), (1000, 300)), -1e30)
+    assert twm.draw_tokens(jax.random.PRNGKey(0), logits, 280).max() < 280  # though sums of the others round up
+
+
 def test_replayed_actions_reproduce_the_toy_exactly(dream):
     windows = dream.windows(batch=48, length=dream.args.context + 1, seed=200)
     moves = (windows.tokens[:, 1:] != windows.tokens[:, :-1]).any(-1)  # Bool[B, T - 1]
