@@ -1004,7 +1004,7 @@ def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps)
 # --- Imagination ---
 def draw_tokens(key: Array, logits: Array, size: Array) -> Array:
     """A code Int[...] in use from each softmax of Float[..., V] logits, by inversion: one random number a token, where
-    jax.random.categorical needs one a code, which on a CPU took longer than the world model.
+    jax.random.categorical needs one a code, which is slow on a CPU.
     """
     sums = jnp.cumsum(jnp.exp(logits - logits.max(-1, keepdims=True)), axis=-1)
     drawn = (sums <= jax.random.uniform(key, logits.shape[:-1])[..., None] * sums[..., -1:]).sum(-1)
