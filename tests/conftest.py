@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def start_script(
     command = [sys.executable, str(script), *map(str, flags)]
     options = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **options)
+
+
+def start_two_processes(script: str, *flags: str) -> list[subprocess.Popen]:
+    """A PyTorch script in two processes that share its batches; they end with 1 if they leave their process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "import runpy, sys, torch; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__'); "
+    program += "sys.exit(torch.distributed.is_initialized())"  # threads that a process group leaves may abort the exit
+    command = [sys.executable, "-c", program, *map(str, (ROOT / script, *flags, "--distributed"))]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environments = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in environments]
 
 
 def run_script(folder: Path, *flags: str, **options) -> SimpleNamespace:

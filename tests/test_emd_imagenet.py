@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -24,7 +23,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics_of, only
+from conftest import ROOT, metrics_of, only, start_two_processes
 from torch import nn
 
 import emd_imagenet as emd
@@ -1011,19 +1010,7 @@ def test_processes_are_not_inherited_from_a_run(copied):
 def test_two_processes_equal_one(tmp_path, capsys):
     flags = [*SMALL, "--teacher-steps", 3, "--total-steps", 2, "--log-every", 1, "--teacher-batch-size", 8]
     flags += ["--micro-batch-size", 4, "--cancel", "last", "--score-updates", 2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = "import runpy, sys, torch; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__'); "
-    script += "sys.exit(torch.distributed.is_initialized())"  # threads that a process group leaves may abort the exit
-    command = [sys.executable, "-c", script, ROOT / "emd_imagenet.py", *flags, "--distributed"]
-    command += ["--runs-dir", tmp_path / "two"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in ("0", "1"):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True))
+    ranks = start_two_processes("emd_imagenet.py", *flags, "--runs-dir", tmp_path / "two")
     assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
     errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -22,7 +21,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test asks a network
 import torch
-from conftest import ROOT, metrics_of, only
+from conftest import ROOT, metrics_of, only, start_two_processes
 from torch import nn
 
 import emd_text2image as t2i
@@ -580,19 +579,7 @@ def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     flags = ["--preset", "smoke", *QUIET, "--no-train-teacher", "--teacher", teacher_folder, "--total-steps", 1]
     flags += ["--prompts", tmp_path / "prompts.txt", "--log-every", 1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = "import runpy, sys, torch; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__'); "
-    script += "sys.exit(torch.distributed.is_initialized())"  # threads that a process group leaves may abort the exit
-    command = [sys.executable, "-c", script, ROOT / "emd_text2image.py", *flags, "--distributed"]
-    command += ["--runs-dir", tmp_path / "two"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in ("0", "1"):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True))
+    ranks = start_two_processes("emd_text2image.py", *flags, "--runs-dir", tmp_path / "two")
     assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
     errors = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
