@@ -72,7 +72,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 @dataclass(frozen=True)
 class Args:
     # --- shared block: common flags ---
-    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    preset: str = "paper"  # starting point: paper, cpu, smoke, ... (PRESETS); every flag beside it wins over it
     seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)

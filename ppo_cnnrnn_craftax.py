@@ -25,6 +25,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import math
 import os
 import resource
@@ -58,7 +59,7 @@ warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg 
 @dataclass(frozen=True)
 class Args:
     # --- shared block: common flags ---
-    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    preset: str = "paper"  # starting point: paper, cpu, smoke, ... (PRESETS); every flag beside it wins over it
     seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
@@ -787,14 +788,15 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # an error is told once, in one sentence
     try:
         if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
             shutil.rmtree(damaged)  # else it would not be computed again
         multihost_utils.sync_global_devices("no checkpoint of this step")
-        with checkpoints(folder) as manager:
+        with contextlib.redirect_stderr(None), checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
-        reason = f"was not written ({str(error)[:200]!r}): make room, then --resume {folder}"
+        reason = f"was not written ({str(error)[-200:]!r}): make room, then --resume {folder}"
         raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
@@ -875,6 +877,9 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
             "length_mean": rows[:, 2].mean(),
             "achievements": dict(zip(ACHIEVEMENTS, rates.tolist(), strict=True)),
         }
+        if run.wandb:
+            scores = {f"eval/{mode}_{name}": x for name, x in result[mode].items() if name != "achievements"}
+            run.wandb.log({"step": step, **scores})
     text = json.dumps(result, indent=2, default=float)
     if run.writes:
         (run.folder / "eval.json").write_text(text)

@@ -28,6 +28,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import math
 import os
 import resource
@@ -61,7 +62,7 @@ warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # ffmpeg 
 @dataclass(frozen=True)
 class Args:
     # --- shared block: common flags ---
-    preset: str = "paper"  # named starting point; every flag given beside it wins over it
+    preset: str = "paper"  # starting point: paper, cpu, smoke, ... (PRESETS); every flag beside it wins over it
     seed: int = 1  # seed of everything random: on a CPU two runs from one seed are equal
     runs_dir: str = "runs"  # folder in which <script>__<preset>__s<seed>__<time> is made
     resume: str = ""  # run folder to go on with, from its newest checkpoint and its settings (empty: a new run)
@@ -134,11 +135,6 @@ class Args:
         return {"fp32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
 
     # --- end shared block: derived settings ---
-
-    @property
-    def imagining_iterations(self) -> int:  # those that end after the warmup
-        warmup = max(0, (self.warmup_steps - 1) // (self.num_envs * self.num_steps))
-        return max(0, self.num_iterations - warmup)
 
 
 # fmt: off
@@ -783,8 +779,9 @@ def attend(query: Array, key: Array, value: Array, visible: Any = True, keep: An
     scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True).astype(value.dtype)
-    return jnp.einsum("...qk,...kd->...qd", (weights * keep).astype(value.dtype), value) / total
+    total, weights = weights.sum(-1, keepdims=True), (weights * keep).astype(value.dtype)
+    out = jnp.einsum("...qk,...kd->...qd", weights, value, preferred_element_type=jnp.float32)
+    return (out / total).astype(value.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -941,7 +938,7 @@ class Steps:
     actions: Array  # UInt8[...]
     rewards: Array  # Float[...]
     dones: Array  # Bool[...]
-    frames: Array | None  # UInt8[..., 63, 63, 3]; None where they are not wanted
+    frames: Array | None  # UInt8[..., 63, 63, 3]; None where tokens are enough, as in benchmarks
 
 
 @struct.dataclass
@@ -996,7 +993,9 @@ def world_model_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
-    """Losses and accuracies, without dropout, on the newest of [T, B] steps before any training on them."""
+    """Losses and accuracies, without dropout, on the last context + 1 of [T, B] steps of wm_batch_size environments,
+    before any training on them.
+    """
     windows = jax.tree.map(lambda x: x[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1), steps)
     return world_model_loss(params, args, vocab, size, windows, None)[1]
 
@@ -1053,7 +1052,9 @@ def imagine(
 def imagined_batch(
     args: Args, vocab: int, policy: Learner, wm_params: Any, codebook: Codebook, replay: Replay, key: Array
 ) -> tuple[tuple[Rollout, Array, Array], dict]:
-    """An imagined rollout from random places of the replay, its advantages and targets; and its rates."""
+    """An imagined rollout from random places among the newest imagination_recent steps, its advantages and targets; and
+    its rates.
+    """
     key_windows, key_rollout = jax.random.split(key)
     recent = args.imagination_recent // args.num_envs
     windows = sample_windows(replay, key_windows, args.imagination_envs, args.burn_in + 1, recent)
@@ -1125,15 +1126,15 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
     new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
-    live = live_vocabulary(args, codebook), codebook.size
-    logs["world_model/heldout"] = mean_of([heldout_logs(args, live[0], state.model.params, live[1], new)])
+    vocab, size = live_vocabulary(args, codebook), codebook.size
+    logs["world_model/heldout"] = mean_of([heldout_logs(args, vocab, state.model.params, size, new)])
     replay = add_to_replay(state.replay, new)
     clock.lap("tokenizer", replay)
 
     # 3b. Train the world model.
     model, log = state.model, []
     for key in jax.random.split(key_model, args.wm_updates):
-        model, one = world_model_step(args, live[0], model, live[1], replay, key)
+        model, one = world_model_step(args, vocab, model, size, replay, key)
         log.append(one)
     logs["losses/world_model"] = mean_of(log)
     clock.lap("world_model")
@@ -1141,14 +1142,14 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     # 4. PPO on imagined rollouts, once the warmup is over.
     warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
     for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
-        batch, rates = imagined_batch(args, live[0], policy, model.params, codebook, replay, key)
+        batch, rates = imagined_batch(args, vocab, policy, model.params, codebook, replay, key)
         policy, one = ppo_step(args, policy, batch, args.imagination_envs)  # one step on all of it: ratio 1
         log.append(one | rates)
     logs["losses/imagined"] = mean_of(log)
     clock.lap("imagination")
 
     logs = {f"{group}_{name}": value for group, log in logs.items() for name, value in log.items()}
-    logs |= {"world_model/codes": float(live[1]), "world_model/replay_steps": float(replay.filled * args.num_envs)}
+    logs |= {"world_model/codes": float(size), "world_model/replay_steps": float(replay.filled * args.num_envs)}
     state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
     return state, rollout, episode_charts(sums) | logs | clock.summary(env_steps)
 
@@ -1198,12 +1199,12 @@ def dry_run(args: Args) -> None:
     frame = policy / args.num_envs  # one policy forward
     dream = args.imagination_envs * world_model_flop(args, vocab, args.imagination_steps)
     dream += (4 * dreamt + args.burn_in * args.imagination_envs) * frame
-    rounds = args.num_iterations
+    rounds, warmup = args.num_iterations, max(0, args.warmup_steps - 1) // real
     plan = {  # iterations, gradient steps in each, FLOP in each
         "collect": (rounds, 0, real * frame),
         "PPO, real": (rounds, args.update_epochs * args.num_minibatches, 3 * args.update_epochs * real * frame),
         "world model": (rounds, args.wm_updates, args.wm_updates * flop),
-        "PPO, imagined": (args.imagining_iterations, args.imagination_updates, args.imagination_updates * dream),
+        "PPO, imagined": (max(0, rounds - warmup), args.imagination_updates, args.imagination_updates * dream),
     }
     sizes = {"policy": state.policy.params, "world model": state.model.params, "codebook": state.codebook.codes}
     for name, tree in sizes.items():
@@ -1323,14 +1324,15 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # an error is told once, in one sentence
     try:
         if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
             shutil.rmtree(damaged)  # else it would not be computed again
         multihost_utils.sync_global_devices("no checkpoint of this step")
-        with checkpoints(folder) as manager:
+        with contextlib.redirect_stderr(None), checkpoints(folder) as manager:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
     except (OSError, ValueError) as error:
-        reason = f"was not written ({str(error)[:200]!r}): make room, then --resume {folder}"
+        reason = f"was not written ({str(error)[-200:]!r}): make room, then --resume {folder}"
         raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
 
 
@@ -1411,6 +1413,9 @@ def evaluate(args: Args, run: Run, params: Any, step: int) -> None:
             "length_mean": rows[:, 2].mean(),
             "achievements": dict(zip(ACHIEVEMENTS, rates.tolist(), strict=True)),
         }
+        if run.wandb:
+            scores = {f"eval/{mode}_{name}": x for name, x in result[mode].items() if name != "achievements"}
+            run.wandb.log({"step": step, **scores})
     text = json.dumps(result, indent=2, default=float)
     if run.writes:
         (run.folder / "eval.json").write_text(text)

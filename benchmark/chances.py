@@ -36,10 +36,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
-import results
-
+sys.path.insert(0, str(ROOT))
 import ppo_cnnrnn_craftax as ppo
+import results
 
 
 def unlockable(state: Any, keys: Array) -> Array:
@@ -142,12 +141,8 @@ def main(argv: list[str]) -> None:
     print(f"{metrics['episodes']} episodes")
     for name, row in metrics["achievements"].items():
         print(f"{name:20}", "  ".join(f"{key} {'-' if x is None else f'{x:.2f}'}" for key, x in row.items()))
-    run = {"label": folder.name.rsplit("__", 2)[0], "seed": args.seed, "metrics": metrics}
-    run |= {"steps": int(state.iteration) * args.num_envs * args.num_steps}
-    paths = ("runs_dir", "resume", "eval_only")
-    run["settings"] = {name: value for name, value in dataclasses.asdict(args).items() if name not in paths}
-    run["wall_seconds"] = round(time.perf_counter() - started)
-    run["commit"] = results.commit_of(next(folder.glob("*.py")))
+    steps, seconds = int(state.iteration) * args.num_envs * args.num_steps, round(time.perf_counter() - started)
+    run = results.run_of(folder, dataclasses.asdict(args), steps, metrics=metrics, wall_seconds=seconds)
     command = f"python benchmark/chances.py runs/{folder.name} {flags.name} --rollouts {flags.rollouts}"
     results.write(flags.name, [command], [run], {})
 

@@ -20,9 +20,8 @@ from accelerate import Accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import results
-
 import emd_imagenet as emd
+import results
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 SETTINGS = {"Diff-Instruct": ("eps", 1), "EMD-1": ("eps-z", 1), "EMD-4": ("eps-z", 4), "EMD-16": ("eps-z", 16)}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jax
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import results
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from craftax.craftax_classic.envs.craftax_pixels_env import CraftaxClassicPixelsEnv
 
+import results
 import twm_dyna_craftax as script
 
 NUM_ENVS, STEPS, ROUNDS = 48, 96, 5

@@ -3,12 +3,15 @@
     python benchmark/first_step.py SCRATCH_FOLDER
 
 The folder must not exist. The run is started twice, with an empty compilation cache (cold; the environment's textures
-are made as well) and again (warm), and ended after its first line of progress. benchmark/results/first_step.json holds
+are made as well) and again (warm), and ended after its first line of progress. Then the README's first command runs to
+its end, as it stands there, in a clone with a home of its own (readme). benchmark/results/first_step.json holds
 seconds of the wall clock, processor seconds of all threads, and the load of the machine, since others may share it.
 """
 
 import argparse
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +19,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
 import results
 
 
@@ -51,9 +53,13 @@ def main(argv: list[str]) -> None:
     run = [python, str(ROOT / "twm_dyna_craftax.py"), "--preset", "cpu", "--runs-dir", str(folder / "runs")]
     for kind in ("cold", "warm"):
         metrics[kind] = timed(run, "step ", JAX_COMPILATION_CACHE_DIR=str(folder / "cache"))
-    runs = [
-        {"label": name, "seed": 1, "steps": 2304 * (name != "install"), "metrics": m} for name, m in metrics.items()
-    ]
+    home, clone = folder / "home", folder / "clone"
+    home.mkdir()
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    command = re.search(r"^python3 -m venv .*twm_dyna_craftax\.py.*$", (clone / "README.md").read_text(), re.M)[0]
+    metrics["readme"] = timed(["bash", "-c", f"cd {shlex.quote(str(clone))} && {command}"], HOME=str(home))
+    steps = {"install": 0, "cold": 2304, "warm": 2304, "readme": 9216}
+    runs = [{"label": name, "seed": 1, "steps": steps[name], "metrics": m} for name, m in metrics.items()]
     results.write("first_step", ["python benchmark/first_step.py SCRATCH_FOLDER"], runs, metrics)
 
 

@@ -10,6 +10,7 @@ itself samples. Writes results/NAME.json, and NAME.png with a row for each capti
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,10 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
-import results
-
+sys.path.insert(0, str(ROOT))
 import emd_text2image as t2i
+import results
 
 TIMESTEPS = (100, 300, 500, 600, 700, 850, 979)
 
@@ -80,17 +80,10 @@ def main(argv: list[str]) -> None:
         flags.media.mkdir(parents=True, exist_ok=True)
         picture = np.concatenate(rows).repeat(2, axis=0).repeat(2, axis=1)
         Image.fromarray(picture).save(flags.media / f"{flags.name}.png")
-    label = "-".join(Path(flags.folder).resolve().parts[-3:-1])
-    run = {
-        "label": label,
-        "seed": args.seed,
-        "steps": step,
-        "commit": results.commit_of(Path(flags.folder) / "emd_text2image.py"),
-    }
+    run = results.run_of(Path(flags.folder), dataclasses.asdict(args), step, metrics=metrics)
+    run["label"] = "-".join(Path(flags.folder).resolve().parts[-3:-1])
     command = [f"runs/{Path(word).name}" if word == flags.folder else word for word in argv]
-    results.write(
-        flags.name, [" ".join(["python benchmark/guidance_by_noise.py", *command])], [run | {"metrics": metrics}], {}
-    )
+    results.write(flags.name, [" ".join(["python benchmark/guidance_by_noise.py", *command])], [run], {})
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ from flax import linen as nn
 from jax import Array
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 import perfect_model
 import results
-
 import twm_dyna_craftax as twm
 
 VARIANTS = {  # whose frames, ends and rewards a rollout has
@@ -165,13 +164,9 @@ def main(argv: list[str]) -> None:
         state = twm.load_checkpoint("--eval-only", folder, twm.init_state(args))
     except twm.UserError as error:
         sys.exit(f"imagined_gradient.py: {error}")
-    run = {"label": folder.resolve().name.rsplit("__", 1)[0], "seed": args.seed}
-    run |= {"steps": int(state.iteration) * args.num_envs * args.num_steps}
-    run["metrics"] = measure(args, state, flags.batches)
-    run["wall_seconds"] = round(time.perf_counter() - started)
-    paths = ("runs_dir", "resume", "eval_only")
-    run["settings"] = {name: value for name, value in dataclasses.asdict(args).items() if name not in paths}
-    run["commit"] = results.commit_of(next(folder.glob("*.py")))
+    metrics, steps = measure(args, state, flags.batches), int(state.iteration) * args.num_envs * args.num_steps
+    seconds = round(time.perf_counter() - started)
+    run = results.run_of(folder, dataclasses.asdict(args), steps, metrics=metrics, wall_seconds=seconds)
     command = f"python benchmark/imagined_gradient.py runs/{folder.name} {flags.name} --batches {flags.batches}"
     results.write(flags.name, [command], [run], {})
 

@@ -9,12 +9,12 @@ sequences, T steps, S tokens, K codes, d and D widths.
 import math
 from typing import Any
 
-import environment_speed
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+import environment_speed
 import twm_dyna_craftax as twm
 
 

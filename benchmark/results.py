@@ -11,10 +11,12 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 CURVES = ("charts/", "achievements/", "world_model/", "losses/", "chain/", "eval/", "perf/")
 POINTS = 150  # of a curve at most
@@ -36,12 +38,15 @@ def hardware() -> dict:
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    """Its output in this repository; none where there is no git or no repository."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    return subprocess.run(["git", *arguments], **options).stdout.strip() if shutil.which("git") else ""
 
 
 def commit_of(script: Path) -> str | None:
     """The first commit that held exactly this script, which a run folder keeps a copy of."""
-    found = git("log", "--reverse", "--format=%H", f"--find-object={git('hash-object', str(script))}").splitlines()
+    blob = git("hash-object", str(script.resolve()))
+    found = git("log", "--reverse", "--format=%H", f"--find-object={blob}").splitlines() if blob else []
     return found[0] if found else None
 
 
@@ -61,6 +66,14 @@ def wall_seconds(lines: list[dict]) -> float:
     return seconds
 
 
+def run_of(folder: Path, args: dict, steps: int, **measured: Any) -> dict:
+    """An entry of a result file: what was measured, and of which run."""
+    run = {"label": folder.resolve().name.rsplit("__", 2)[0], "seed": args["seed"]}
+    run |= {"commit": commit_of(next(folder.glob("*.py"))), "steps": steps}
+    run["settings"] = {name: value for name, value in args.items() if name not in ("runs_dir", "resume", "eval_only")}
+    return run | measured
+
+
 def read_run(folder: Path, label: str = "") -> dict:
     args = json.loads((folder / "args.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -68,27 +81,18 @@ def read_run(folder: Path, label: str = "") -> dict:
     last = {key.split("/")[1]: value for line in lines for key, value in line.items() if "/" in key}
     evaluation = folder / "eval.json"
     shown = lines[:: -len(lines) // POINTS][::-1]  # backwards, so that the last one is among them
-    return {
-        "label": label or folder.name.rsplit("__", 2)[0],
-        "seed": args["seed"],
-        "commit": commit_of(next(folder.glob("*.py"))),
-        "steps": lines[-1]["step"],
-        "wall_seconds": round(wall_seconds(lines)),
-        "settings": {name: value for name, value in args.items() if name not in ("runs_dir", "resume", "eval_only")},
-        "metrics": last,
-        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
-        "curve": {
-            "step": [line["step"] for line in shown],
-            **{key.split("/")[1]: [rounded(line.get(key)) for line in shown] for key in keys},
-        },
-    }
+    curve = {key.split("/")[1]: [rounded(line.get(key)) for line in shown] for key in keys}
+    scores = json.loads(evaluation.read_text()) if evaluation.exists() else None
+    run = run_of(folder, args, lines[-1]["step"], wall_seconds=round(wall_seconds(lines)), metrics=last)
+    run |= {"evaluation": scores, "curve": {"step": [line["step"] for line in shown], **curve}}
+    return run | ({"label": label} if label else {})
 
 
 def write(name: str, commands: list[str], runs: list[dict], summary: dict) -> None:
     result = {
         "name": name,
         "commands": commands,
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or None,
         "date": datetime.date.today().isoformat(),
     }
     result |= {"hardware": hardware(), "runs": runs, "summary": summary}

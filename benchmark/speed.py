@@ -38,11 +38,10 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 import environment_speed
 import plain
 import results
-
 import twm_dyna_craftax as twm
 
 ENCODED = 16 * 20  # frames of a batch that the public implementation tokenises for each gradient step

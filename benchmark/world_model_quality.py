@@ -43,9 +43,8 @@ from flax import struct
 from jax import Array
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 import results
-
 import twm_dyna_craftax as twm
 
 matplotlib.use("Agg")
@@ -392,14 +391,13 @@ def measure_run(folder: Path, num_envs: int, num_steps: int, seed: int) -> tuple
     started, (args, state) = time.perf_counter(), load(folder)
     twm.start_jax(args)
     least = max(args.context + 1, args.burn_in + args.imagination_steps)
-    trained = int(state.iteration) * args.num_envs * args.num_steps
+    trained, settings = int(state.iteration) * args.num_envs * args.num_steps, dataclasses.asdict(args)
     args = dataclasses.replace(args, num_envs=num_envs, num_steps=num_steps)
     twm.require(args, "num_steps", num_steps >= least, f"holds no window: give at least {least}")
     key_env, key_collect, key = jax.random.split(jax.random.PRNGKey(seed), 3)
     held_out = collect(args, state.policy.params, state.codebook, twm.init_env(args, key_env), key_collect)
     metrics, curves, frames = measure(args, state, jax.device_get(held_out), key)
-    run = {"label": folder.resolve().name.rsplit("__", 1)[0], "seed": args.seed, "steps": trained}
-    run |= {"commit": results.commit_of(next(folder.glob("*.py"))), "wall_seconds": time.perf_counter() - started}
+    run = results.run_of(folder, settings, trained, wall_seconds=time.perf_counter() - started)
     return plain(run | {"metrics": metrics, "curve": curves}), frames
 
 

@@ -63,3 +63,11 @@ def test_losses_follow_fp32_over_200_steps(learn, name, tolerance, rollouts, tin
     fp32, bf16 = (curve.reshape(4, -1).mean(1) for curve in curves)
     np.testing.assert_allclose(bf16, fp32, rtol=tolerance)
     assert not np.array_equal(*curves)  # bf16 was used
+
+
+def test_attention_weights_of_many_keys_sum_to_one_in_bf16():
+    """Their sum stays fp32: rounded to bf16, attention to 1,640 equal values is up to 0.8 % off."""
+    query, key = (jax.random.normal(jax.random.PRNGKey(i), (n, 16), jnp.bfloat16) for i, n in enumerate((1000, 1640)))
+    attended = twm.attend(query, key, jnp.ones((1640, 16), jnp.bfloat16))
+    assert attended.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(attended.astype(jnp.float32), 1)

@@ -2,18 +2,13 @@
 hand-made record.
 """
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
-import ppo_cnnrnn_craftax as ppo
-
-sys.path.insert(0, str(ROOT / "benchmark"))
 import chances
+import ppo_cnnrnn_craftax as ppo
 
 PICKAXE, STONE_PICKAXE = (ppo.ACHIEVEMENTS.index(f"make_{name}_pickaxe") for name in ("wood", "stone"))
 

@@ -1,15 +1,10 @@
 """benchmark/efficientnet.py against two photographs and plain linear algebra."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 import efficientnet
-
 import emd_imagenet as emd
 
 

@@ -2,6 +2,8 @@
 from real experience.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,13 +188,28 @@ def test_a_predicted_end_cuts_the_advantage(dream, rollout):
     assert (np.abs(before[t + 1 :, b] - after[t + 1 :, b]) > 1).all()
 
 
+def filled_replay(dream):
+    args = dream.args
+    windows = dream.windows(batch=args.num_envs, length=args.replay_size // args.num_envs, seed=400)
+    return twm.add_to_replay(twm.init_replay(args), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), windows))
+
+
+def test_rollouts_start_from_the_newest_steps_alone_if_asked_to(dream):
+    replay, starts = filled_replay(dream), []
+    rows = np.arange(len(replay.steps.actions), dtype=np.uint8)  # frames that tell where they are in the replay
+    frames = jnp.broadcast_to(rows[:, None, None, None, None], replay.steps.frames.shape)
+    replay = replay.replace(steps=replay.steps.replace(frames=frames))
+    for recent in (dream.args.replay_size, dream.args.num_envs * (dream.args.burn_in + 1)):
+        args = dataclasses.replace(dream.args, imagination_recent=recent)
+        inputs = dream.policy, dream.params, dream.codebook, replay, jax.random.PRNGKey(5)
+        (rollout, *_), _ = twm.imagined_batch(args, 256, *inputs)
+        starts.append(np.unique(rollout.frames[0]))
+    assert len(starts[0]) > 2 and starts[1].tolist() == [rows[-1]]
+
+
 def test_the_imagined_update_is_on_policy(dream):
     """The log-probabilities of the rollout are those of the loss: ratio 1, nothing clipped; and it moves the policy."""
-    args = dream.args
-    replay = twm.init_replay(args)
-    windows = dream.windows(batch=args.num_envs, length=args.replay_size // args.num_envs, seed=400)
-    steps = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), windows)
-    replay = twm.add_to_replay(replay, steps)
+    args, replay = dream.args, filled_replay(dream)
     before = jax.device_get(dream.policy.params)
     policy = jax.tree.map(jnp.copy, dream.policy)
     key = jax.random.PRNGKey(5)

@@ -1,18 +1,14 @@
 """benchmark/imagined_gradient.py: its statistics, and that each variant has from the world model what it says."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
-import twm_dyna_craftax as twm
-
-sys.path.insert(0, str(ROOT / "benchmark"))
 import imagined_gradient
+import twm_dyna_craftax as twm
 
 
 def test_signal_and_noise_are_those_of_pairs():

@@ -1,17 +1,12 @@
 """benchmark/perfect_model.py: its states are those of the rollout, and its rollouts are the environment's own."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
-import twm_dyna_craftax as twm
-
-sys.path.insert(0, str(ROOT / "benchmark"))
 import perfect_model
+import twm_dyna_craftax as twm
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
 import plot
 
 
@@ -80,6 +78,7 @@ def test_panels_are_those_with_data(runs, tmp_path, monkeypatch):
 def test_teacher_stands_beside_the_student_in_order_of_steps(tmp_path):
     """Pictures of one grey each, 4 x 6 enlarged four times; step 1000 comes after step 50."""
     import imageio.v3 as imageio
+
     import teacher_student
 
     (tmp_path / "media").mkdir()

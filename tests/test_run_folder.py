@@ -66,7 +66,7 @@ def test_the_evaluation_counts_first_episodes_only(tiny, tmp_path, monkeypatch):
     ends, returns = np.zeros((6, 2)), np.zeros((6, 2))
     ends[1, 0] = ends[2, 0] = ends[4, 1] = 1
     returns[1, 0], returns[2, 0], returns[4, 1] = 3, 100, 5
-    parts, videos = [], {}
+    parts, videos, tracked = [], {}, {}
 
     def collect(args, params, carry, key, greedy):
         part = slice(3 * len(parts) % 6, 3 * len(parts) % 6 + 3)
@@ -77,6 +77,7 @@ def test_the_evaluation_counts_first_episodes_only(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(twm, "init_env", lambda args, key: None)
     monkeypatch.setattr(twm, "collect", collect)
     run = SimpleNamespace(folder=tmp_path, writes=True, media=lambda step, name, video: videos.update({name: video}))
+    run.wandb = SimpleNamespace(log=tracked.update)
     twm.evaluate(tiny(eval_episodes=2), run, None, 7)
     result = json.loads((tmp_path / "eval.json").read_text())
     assert parts == [False, False, True, True] and result["step"] == 7 and result["episodes"] == 2
@@ -84,6 +85,8 @@ def test_the_evaluation_counts_first_episodes_only(tiny, tmp_path, monkeypatch):
         assert result[mode]["return_mean"] == 4  # of 3 and 5
         assert result[mode]["return_standard_error"] == pytest.approx(1)
         assert len(videos[f"eval_{mode}"]) == 2  # the first environment's first episode
+        assert tracked[f"eval/{mode}_return_mean"] == 4 and tracked["step"] == 7
+    assert len(tracked) == 1 + 2 * 5
 
 
 def test_it_reports_speed_and_time_left_on_the_way(smoke_run):
@@ -368,23 +371,30 @@ def test_a_resumed_run_needs_room_for_one_more_checkpoint_and_is_refused_unchang
     assert (folder / "args.json").read_bytes() != before
 
 
-def test_a_disk_that_fills_up_loses_no_earlier_checkpoint(call_main, stub_iteration, monkeypatch, tmp_path):
-    import orbax.checkpoint as ocp
+FULL_DRIVER = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import twm_dyna_craftax as twm
 
-    save = ocp.CheckpointManager.save
+def iteration(args, state, key):
+    if state.iteration == 2:  # from here on no file may grow beyond 100 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    logs = {{"losses/stub": float(state.iteration), "perf/SPS": 1.0}}
+    return state.replace(iteration=state.iteration + 1, episode_sums=state.episode_sums + 1.0), None, logs
 
-    def full(self, step, *args, **options):
-        if step == 72:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save(self, step, *args, **options)
+twm.train_iteration = iteration
+twm.main()
+"""
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    code, _, err = call_main(*stub_iteration)
+
+def test_a_disk_that_fills_up_loses_no_earlier_checkpoint(call_main, stub_iteration, tmp_path):
+    command = [sys.executable, "-c", FULL_DRIVER.format(root=str(ROOT)), *stub_iteration]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     (folder,) = (tmp_path / "runs").iterdir()
-    assert code == 2 and "checkpoint 72" in err and "No space left" in err and "--resume" in err
-    assert len(err.strip().splitlines()) == 1
+    assert process.returncode == 2 and "checkpoint 72" in process.stderr and "File too large" in process.stderr
+    assert "--resume" in process.stderr and len(process.stderr.strip().splitlines()) == 1
     assert steps_saved(folder) == [24, 48]
-    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     resumes(call_main, stub_iteration, folder, [24, 48, 72, 96])
 
 

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, with_clear_preferences
+from conftest import with_clear_preferences
 
-import twm_dyna_craftax as twm
-
-sys.path.insert(0, str(ROOT / "benchmark"))
 import plain
 import speed
+import twm_dyna_craftax as twm
 
 ROLLOUT = "frames resets actions logprobs values rewards dones".split()
 

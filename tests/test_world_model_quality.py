@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
@@ -10,11 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import twm_dyna_craftax as twm
-
-sys.path.insert(0, str(ROOT / "benchmark"))
 import world_model_quality as quality
 
 N, T, L = 5, 3, 81
@@ -332,7 +328,7 @@ def test_a_run_folder_is_measured_from_the_command_line(smoke_run, tmp_path, mon
     assert written["c"][0].startswith(f"python benchmark/world_model_quality.py runs/{smoke_run.folder.name} --num")
     (run,) = json.loads(json.dumps(written["r"], allow_nan=False))
     args = twm.PRESETS["smoke"]
-    assert run["label"] == "twm_dyna_craftax__smoke__s1" and run["steps"] == args.total_steps
+    assert run["label"] == "twm_dyna_craftax__smoke" and run["seed"] == 1 and run["steps"] == args.total_steps
     assert run["metrics"]["steps"] == 24 and run["metrics"]["codes"] > 0
     assert all(len(run["curve"][key]) == args.context for key in ("accuracy", "exact", "imagined_reward_rate"))
     assert "changed" in capsys.readouterr().out
