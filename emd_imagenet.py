@@ -90,7 +90,7 @@ class Args:
     dataset: Literal["imagenet", "fashion", "digits"] = "imagenet"  # images for --train-teacher and for evaluation
     data_dir: str = ""  # its folder: ImageNet class folders or .tar shards, Fashion-MNIST idx.gz (empty: see docs)
     image_size: int = 64  # height and width of an image (fashion: 16 or 32, digits: 8)
-    teacher: str = ""  # diffusers UNet folder or hub id, OpenAI .pt/.safetensors, or gmm (empty: with --train-teacher)
+    teacher: str = ""  # diffusers folder, hub id of a bare UNet, OpenAI .pt/.safetensors, gmm (empty: --train-teacher)
     vp: bool = False  # --teacher is guided-diffusion's: eps, 1000 linear steps, learned variance; if a file, four heads
     train_teacher: bool = False  # train an EDM teacher first, kept in the run folder as teacher/
     teacher_steps: int = 300_000  # updates of that training
@@ -129,7 +129,7 @@ class Args:
     channels_last: bool = False  # memory format of the UNets (faster convolutions on many devices)
 
     heun_steps: int = 40  # steps of the teacher's sampler, 2 n - 1 network evaluations
-    features: str = ""  # TorchScript file, inception-2015-12-05.pt for FID (empty: a CNN trained here on the dataset)
+    features: str = ""  # TorchScript, inception-2015-12-05.pt for FID (empty: a CNN trained here; not for imagenet)
     classifier_steps: int = 1500  # updates of that CNN, always from the same seed
     eval_samples: int = 50_000  # images of an evaluation, labels in turn (0: none)
     eval_batch_size: int = 250  # images generated at once in an evaluation
@@ -261,8 +261,9 @@ def check_args(args: Args) -> None:
     check("vp", not (args.vp and args.train_teacher), "is for a --teacher of guided-diffusion: leave one out")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
     before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
-    same = before.get("teacher_steps", args.teacher_steps) == args.teacher_steps
-    check("teacher_steps", same, "cannot change in a run, which counts its steps from there: leave it out")
+    for name in ("train_teacher", "teacher_steps"):
+        same = before.get(name, getattr(args, name)) == getattr(args, name)
+        check(name, same, "cannot change in a run, which counts its steps from there: leave it out")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
@@ -947,8 +948,8 @@ def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
     name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
     as_given.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(as_given)
-    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    distance = FrechetInceptionDistance(as_given, sync_on_compute=False)  # every process holds all features
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset, sync_on_compute=False)
     for metric in (distance, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
@@ -1034,7 +1035,7 @@ class Evaluator:
 
         torch.manual_seed(0)  # torchmetrics draws subsets and splits from the global generator
         features, logits = self.describe(pixels)
-        inception_score = InceptionScore(nn.Identity())
+        inception_score = InceptionScore(nn.Identity(), sync_on_compute=False)
         inception_score.update(logits)
         inception = self.ruler.startswith("inception")
         scores["inception_score" if inception else "classifier_score"] = float(inception_score.compute()[0])
@@ -1187,14 +1188,17 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict, teacher
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     require_paths(args, "data_dir", "features")
-    if args.eval_samples:
-        load_images(args)  # a folder without images is refused now, not after the last update
+    if args.eval_samples:  # what an evaluation cannot read is refused now, not after the last update
+        load_images(args)
+        if args.features:
+            Features(args, None)
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     teacher = None if args.train_teacher else load_teacher(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
     with torch.device("meta"):  # a checkpoint holds three networks and Adam's two moments of two of them
-        size = 7 * 4 * sum(p.numel() for p in make_unet(args).parameters()) / 1e9
+        unet = (teacher and teacher.unet) or make_unet(args)
+        size = 7 * 4 * sum(p.numel() for p in unet.parameters()) / 1e9
     needed = size * (3 - len(list(run.folder.glob("checkpoints/*.pt"))))  # two are kept while one is written
     if run.writes and (free := shutil.disk_usage(run.folder).free / 1e9) <= needed:
         raise UserError(f"the disk of {run.folder} has {free:.1f} GB free but {needed:.1f} are needed: make room.")
@@ -1206,8 +1210,9 @@ def train(args: Args, acc: Accelerator) -> None:
     offset = args.teacher_steps * args.train_teacher
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
-    for net in (teacher, state["generator"], state["score"]) if args.compile and args.teacher != "gmm" else ():
-        net.unet.compile()
+    for net in (teacher, state["generator"], state["score"]) if args.compile else ():
+        if net.unet:
+            net.unet.compile()
     evaluator, update = None, functools.partial(train_iteration, args, teacher, state)
     for done in loop(args, run, acc, max(0, step - offset), args.total_steps, offset, state, update):
         if last := done == args.total_steps:
@@ -1221,6 +1226,7 @@ def train(args: Args, acc: Accelerator) -> None:
 
 def evaluate(args: Args, acc: Accelerator) -> None:
     """--eval-only: scores and pictures of a run's newest checkpoint."""
+    require_paths(args, "data_dir", "features")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     run = Run(args, writes=acc.is_main_process)
@@ -1233,17 +1239,21 @@ def evaluate(args: Args, acc: Accelerator) -> None:
 
 
 def dry_run(args: Args) -> None:
-    """Settings, parameter counts, and what an update costs, from the shapes of a UNet that is never filled."""
+    """Settings, parameter counts and an update's cost, from shapes alone: of a local --teacher's UNet or the flags'."""
+    names = (Path(args.teacher, name) for name in ("unet/config.json", "config.json"))
+    config = next((path for path in names if args.teacher and path.exists()), None)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet = make_unet(args)
-        unet(torch.zeros(1, *args.image_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        unet = UNet2DModel.from_config(json.loads(config.read_text())) if config else make_unet(args)
+        image = torch.zeros(1, unet.config.in_channels, *args.image_shape[1:])
+        unet(image, torch.zeros(1), torch.zeros(1, dtype=torch.long))
     flops, parameters = counter.get_total_flops(), sum(p.numel() for p in unet.parameters())
     chain = (4 if args.moves_z else 2) * args.k + 3  # see docs: a backward pass counts as two
     forwards = chain + 4 * args.score_updates + 3 * (args.cancel == "exact")
     total = forwards * args.batch_size * args.total_steps * flops
     total += 3 * args.teacher_batch_size * args.teacher_steps * flops * args.train_teacher
     print(json.dumps(dataclasses.asdict(args), indent=2))
-    print(f"UNet: {parameters:,} parameters, in four copies; a forward pass of an image is {flops / 1e9:.2f} GFLOP")
+    copies = "three" if args.teacher == "gmm" else "four"
+    print(f"UNet: {parameters:,} parameters, in {copies} copies; a forward pass of an image is {flops / 1e9:.2f} GFLOP")
     print(f"an update: {forwards} forward passes of {args.batch_size} images (a backward pass counts as two)")
     print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
 

@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -103,7 +104,7 @@ class Args:
     vae_steps: int = 20_000  # updates of its autoencoder
     vae_lr: float = 1e-4  # Adam step size of those: linear warmup in the first tenth, linear decay in the last half
     teacher_steps: int = 200_000  # updates of its UNet and text encoder, after that
-    teacher_batch_size: int = 256  # pictures per such update, all processes together
+    teacher_batch_size: int = 256  # pictures per update of UNet or autoencoder, all processes together
     teacher_lr: float = 1e-4  # Adam step size of those, with the same warmup and decay
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # what a UNet made here predicts
     unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of a UNet made here; its last level lacks cross-attention
@@ -265,12 +266,13 @@ def check_args(args: Args) -> None:
     check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
     before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
-    for name in ("vae_steps", "teacher_steps"):
+    for name in ("train_teacher", "vae_steps", "teacher_steps"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
         check(name, same, "cannot change in a run, which counts its steps from there: leave it out")
 
 
 # --- Captions ---
+@functools.cache
 def read_prompts(args: Args, flag: str) -> list[str]:
     """The captions of the file or folder that --prompts or --eval-prompts names: lines of .txt, "caption", "prompt" or
     "text" of .jsonl, or the .txt members of a webdataset .tar. Prints what was left out. Raises UserError.
@@ -532,7 +534,7 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
     way_out = "give a Stable Diffusion folder (safetensors), or a hub id where there is a network"
     with refuse(f"--{flag} {name} cannot be loaded", way_out):
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        how = {"torch_dtype": torch.float32, "use_safetensors": True}  # whatever type was stored
+        how = {"dtype": torch.float32, "use_safetensors": True}  # whatever type was stored
         pipe = StableDiffusionPipeline.from_pretrained(name, **how, **optional)
         kind, channels = pipe.scheduler.config.prediction_type, pipe.unet.config.in_channels
         if kind not in ("epsilon", "v_prediction") or not isinstance(pipe.unet, UNet):
@@ -551,7 +553,7 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
 
 @torch.no_grad()
 def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
-    """VAE latents Float[B, C, H, W] -> pictures Float[B, 3, 8H, 8W] in [-1, 1], as the pipeline makes them."""
+    """VAE latents -> pictures Float[B, 3, S, S] in [-1, 1], larger by the VAE's factor, as the pipeline makes them."""
     return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
 
 
@@ -967,8 +969,8 @@ def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
     name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
     as_given.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(as_given)
-    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset)
+    distance = FrechetInceptionDistance(as_given, sync_on_compute=False)  # every process holds all features
+    kid = KernelInceptionDistance(as_given, subsets=50, subset_size=subset, sync_on_compute=False)
     for metric in (distance, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
@@ -1022,7 +1024,15 @@ def load_features(args: Args, device: torch.device) -> tuple[str, Callable[[Tens
         return "mean colours of 4x4 regions", lambda images: adaptive_avg_pool2d(to_float(images), 4).flatten(1)
     with refuse(f"--features {args.features} cannot be loaded", "name inception-2015-12-05.pt, or leave it out"):
         net = torch.jit.load(args.features, device).eval()
-    return Path(args.features).name, functools.partial(net, return_features=True)
+    digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in net.state_dict().values())).hexdigest()
+    return f"{Path(args.features).name}, weights {digest[:12]}", functools.partial(net, return_features=True)
+
+
+def load_clip(args: Args) -> tuple[nn.Module, CLIPTokenizer]:
+    """The model of --clip. Raises UserError."""
+    with refuse(f"--clip {args.clip} cannot be loaded", "name a CLIPModel folder"):
+        model = transformers.CLIPModel.from_pretrained(args.clip, use_safetensors=True).eval()
+        return model, CLIPTokenizer.from_pretrained(args.clip)
 
 
 def shrink(images: Tensor, size: int = 256) -> Tensor:
@@ -1082,17 +1092,14 @@ class Evaluator:
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
         self.drawn, (self.ruler, self.features) = set(self.texts) <= grammar().keys(), load_features(args, acc.device)
         captioned, picture = load_pictures(args)
-        if args.clip:
-            with refuse(f"--clip {args.clip} cannot be loaded", "name a CLIPModel folder"):
-                model = transformers.CLIPModel.from_pretrained(args.clip, use_safetensors=True).eval()
-                self.clip = model, CLIPTokenizer.from_pretrained(args.clip)
+        self.clip = load_clip(args) if args.clip else None
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
         elif set(self.texts) <= set(captioned):
             texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # only drawn ones of a caption differ
             require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
             real = [picture(text, seed) for seed, text in enumerate(texts)]
-            self.references["data"] = self.extract(torch.tensor(np.stack(real)).permute(0, 3, 1, 2))
+            self.references["data"] = self.extract(shrink(torch.tensor(np.stack(real)).permute(0, 3, 1, 2)))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
         self.teacher_scores, self.references["teacher"] = self.score(setup.teacher_samples, evaluations)
 
@@ -1331,20 +1338,30 @@ def train(args: Args, acc: Accelerator) -> None:
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     captioned = load_pictures(args)[0]  # files are read before anything is downloaded or trained
     texts = read_prompts(args, "prompts") if args.prompts else captioned
+    if args.eval_samples:  # what an evaluation cannot read is refused now, not after the last update
+        load_features(args, torch.device("cpu"))
+        if args.clip:
+            load_clip(args)
+        if args.reference:
+            next(load_reference(args))
+        if args.eval_prompts:
+            read_prompts(args, "eval_prompts")
     pipe = None if args.train_teacher else load_pipeline(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
+    # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
+    with torch.device("meta"):
+        unet = pipe.unet if pipe else make_unet(args)
+    absent, count = 3 - len(list(run.folder.glob("checkpoints/*.pt"))), sum(p.numel() for p in unet.parameters())
+    needed = (absent * (7 if args.beta1 else 5) + 1) * 4 * count / 1e9
+    if run.writes and (free := shutil.disk_usage(run.folder).free / 1e9) <= needed:
+        raise UserError(f"the disk of {run.folder} has {free:.1f} GB free but {needed:.1f} are needed: make room.")
     if args.train_teacher and not (run.folder / "teacher").exists():
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
     (setup, state), saved = load_everything(args, run, acc, texts, saved, pipe), {}  # and no file stays open
     offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
-    # A checkpoint holds three networks and the moments of two; two are kept while one is written, and one is exported.
-    absent = 3 - len(list(run.folder.glob("checkpoints/*.pt")))
-    needed = (absent * (7 if args.beta1 else 5) + 1) * 4 * sum(p.numel() for p in state["score"].parameters()) / 1e9
-    if run.writes and (free := shutil.disk_usage(run.folder).free / 1e9) <= needed:
-        raise UserError(f"the disk of {run.folder} has {free:.1f} GB free but {needed:.1f} are needed: make room.")
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
     evaluator, update = None, functools.partial(train_iteration, args, setup, state)
@@ -1433,7 +1450,8 @@ def dry_run(args: Args) -> None:
     print(json.dumps(dataclasses.asdict(args), indent=2))
     print(f"UNet: {parameters:,} parameters; a forward pass of a picture is {flops / 1e9:.2f} GFLOP")
     print(f"an update: {forwards} forward passes of {args.batch_size} pictures (a backward pass counts as two)")
-    print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
+    hours = f"{total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s"
+    print(f"in all, with no autoencoder counted: {total / 1e15:.2f} PFLOP, {hours}")
     print("\n".join(f"memory: {amount:7.3f} GB  {what}" for what, amount in plan.items()))
     print(f"memory: {sum(plan.values()):7.3f} GB  in all; the VAE, a text encoder in use and CUDA itself come on top")
 

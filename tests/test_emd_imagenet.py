@@ -67,35 +67,24 @@ def slope(function, at, h=3e-4):
 
 # --- T1: conversions ---
 @pytest.mark.parametrize("s", [0.1, 0.75, 5.0])
-def test_scores_noise_and_velocity_follow_from_the_denoiser(s):
+def test_the_mixtures_denoiser_gives_the_score_of_its_density(s):
     q, sigma = mixture(), torch.tensor([[s]], dtype=torch.float64)
     alpha, noise = 1 / math.sqrt(1 + s * s), s / math.sqrt(1 + s * s)
     x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     d = q(x / alpha, sigma)
     score = slope(lambda u: log_prob(q, u / alpha, sigma), x)  # alpha is constant: its log-determinant has no slope
     torch.testing.assert_close((alpha * d - x) / noise**2, score, atol=1e-9, rtol=1e-9)
-    eps = (x - alpha * d) / noise
-    torch.testing.assert_close(eps, -noise * score, atol=1e-9, rtol=1e-9)
-    v = alpha * eps - noise * d
-    torch.testing.assert_close(alpha * x - noise * v, d, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(noise * x + alpha * v, eps, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close((x / alpha - d) / s, eps, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("vp", [False, True])
-@pytest.mark.parametrize("s", [0.02, 0.75, 20.0])
-def test_difference_of_raw_outputs_is_the_difference_of_denoisers(s, vp):
-    args = settings(vp=vp)
-    q, p = (emd.Denoiser(args, None, mixture(seed)) for seed in (0, 1))
-    sigma = torch.full((20, 1, 1, 1), s, dtype=torch.float64)
-    y = torch.randn(20, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * s
-    delta = emd.denoiser_difference(q, p, y, sigma, None, None)
-    torch.testing.assert_close(delta, q.exact(y, sigma) - p.exact(y, sigma), atol=1e-9, rtol=1e-9)
-    alpha, noise = 1 / math.sqrt(1 + s * s), s / math.sqrt(1 + s * s)
-    eps_q, eps_p = ((y - net(y, sigma, None)) / s for net in (q, p))
-    torch.testing.assert_close(delta, s * (eps_p - eps_q), atol=1e-9, rtol=1e-9)
-    v_q, v_p = (alpha * e - noise * net(y, sigma, None) for e, net in ((eps_q, q), (eps_p, p)))
-    torch.testing.assert_close(delta, noise * (v_p - v_q), atol=1e-9, rtol=1e-9)
+def test_difference_of_raw_outputs_is_the_difference_of_denoisers(vp):
+    args, teacher, score = tiny(vp=vp)
+    _, z, eps, sigma, labels = draw(args)
+    y = 0.5 * z + sigma * eps
+    delta = emd.denoiser_difference(teacher, score, y, sigma, labels, None)
+    expected = teacher(y, sigma, labels) - score(y, sigma, labels)
+    torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-4)
+    assert (delta.flatten(1).abs().amax(1) > 1e-3).all()
 
 
 # --- T2: both drifts are gradients of log rho ---
@@ -272,6 +261,13 @@ def test_sixteen_steps_at_the_papers_ratio_agree_between_cancellations(toy):
     assert g["full"].std(0)[0] / g["none"].std(0)[0] < 0.35
 
 
+def test_sixteen_steps_on_eps_alone_agree_between_cancellations(toy):
+    g = toy_gradients(toy[2], 400_000, corrector="eps", k=16)
+    for name in ("none", "last"):
+        within(g[name].mean(0), g["full"].mean(0), standard_error(g[name] - g["full"]))
+    assert g["full"].std(0)[0] / g["none"].std(0)[0] < 0.35
+
+
 def test_full_cancellation_is_biased_where_gamma_z_is_as_large_as_gamma_eps(toy):
     g = toy_gradients(toy[2], 400_000, k=16, gamma_z=0.16)
     within(g["last"].mean(0), g["none"].mean(0), standard_error(g["last"] - g["none"]))
@@ -317,28 +313,33 @@ def test_a_long_chain_gives_the_forward_kl_gradient(toy):
 
 # --- T5: the fixed point ---
 def test_a_perfect_student_stays_where_it_is():
-    target = emd.GaussianMixture(torch.tensor([[0.3, -0.4]]), 0.5)
-    angle = torch.tensor(0.7)
-    rotation = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    a, b = (0.5 * rotation).requires_grad_(), torch.tensor([0.3, -0.4], requires_grad=True)
-    before = a.detach().clone()
+    target = emd.GaussianMixture(torch.tensor([[0.3, -0.4]]).double(), 0.5)
+    cos, sin = math.cos(0.7), math.sin(0.7)
+    perfect, sigma = (torch.tensor(x, dtype=torch.float64) / 2 for x in ([[cos, -sin], [sin, cos]], [[1.2]]))
+    a, b = perfect.clone().requires_grad_(), target.means[0].clone().requires_grad_()
     optimizer, normal, args = torch.optim.SGD([a, b], 0.1), normal_from(1), settings(k=4, gamma_z=0.016)
 
     def g(z):
         return z @ a.T + b
 
+    def chain_of(z, eps):
+        cov, mean = a.detach() @ a.detach().T, b.detach()
+        gain = cov @ torch.linalg.inv(cov + sigma**2 * torch.eye(2))  # of the student's own denoiser, as it is now
+        return emd.e_step(g, lambda y, s: target(y, s) - mean - (y - mean) @ gain.T, z, eps, sigma, normal, args)
+
     for _ in range(200):
-        z, eps = normal(torch.zeros(2, 64, 2))
-        chain = emd.e_step(g, lambda y, s: target(y, s) - target(y, s), z, eps, torch.tensor([[0.6]]), normal, args)
+        chain = chain_of(*normal(torch.zeros(2, 64, 2).double()))
         loss, r = emd.m_step_loss(g, chain, args)
-        assert not r.any()
+        assert r.abs().max() < 1e-12
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(a.detach(), before, atol=0, rtol=0)
+    torch.testing.assert_close(a.detach(), perfect, atol=1e-12, rtol=0)
     noisy = emd.residual(chain, g(chain.z), dataclasses.replace(args, cancel="none"))
     within(noisy.mean(0), torch.zeros(2), standard_error(noisy), 4)
     assert noisy.std() > 0.5
+    a.data *= 0.7  # no longer perfect
+    assert emd.m_step_loss(g, chain_of(*normal(torch.zeros(2, 64, 2).double())), args)[1].abs().max() > 0.1
 
 
 # --- T6: mode covering, against closed forms ---
@@ -718,6 +719,18 @@ def test_the_papers_unet_has_the_published_size(capsys):
     assert "295,899,267 parameters" in printed and "219.31 GFLOP" in printed and "71 forward passes" in printed
 
 
+def test_the_plan_for_a_local_teacher_is_that_of_its_unet(tmp_path, capsys):
+    plans = {}
+    emd.make_unet(settings()).save_pretrained(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "pipeline" / "unet")
+    for teacher in ("", "gmm", tmp_path, tmp_path / "pipeline"):
+        channels = settings().unet_channels if teacher in ("", "gmm") else (16, 16)
+        emd.dry_run(settings(teacher=str(teacher), train_teacher=not teacher, teacher_steps=1, unet_channels=channels))
+        plans[teacher] = re.search("UNet: .*", capsys.readouterr().out)[0]
+    assert plans[""] == plans[tmp_path] == plans[tmp_path / "pipeline"] and "four copies" in plans[""]
+    assert plans["gmm"] == plans[""].replace("four", "three")
+
+
 # --- T7: a learned student score, on a ring of eight modes of unequal weight ---
 @dataclasses.dataclass(frozen=True)
 class RingArgs(emd.Args):
@@ -861,6 +874,10 @@ def test_logged_keys_are_the_documented_keys(smoke):
 def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain(copied, capsys, monkeypatch):
     before, settings_before = json.loads((copied / "eval.json").read_text()), (copied / "args.json").read_bytes()
     (copied / "eval.json").unlink()
+    pictures = {path: path.stat().st_mtime_ns for path in (copied / "media").iterdir()}
+    code, output = run_main(capsys, "--eval-only", copied, "--features", "/nowhere")
+    assert code == 2 and "--features /nowhere does not exist" in output
+    assert pictures == {path: path.stat().st_mtime_ns for path in (copied / "media").iterdir()}
     logged, quiet = {}, lambda *names, **how: None
     tracker = types.SimpleNamespace(init=quiet, define_metric=quiet, log=logged.update, Image=str)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
@@ -956,6 +973,24 @@ def test_a_resumed_run_needs_room_for_one_more_checkpoint(copied, capsys, monkey
         assert run_main(capsys, "--resume", copied, "--total-steps", 5, "--eval-samples", 0)[0] == code
 
 
+def test_the_disk_needs_room_for_the_networks_of_the_teacher_that_is_given(smoke, tmp_path, capsys, monkeypatch):
+    needed = 3 * 7 * 4 * sum(p.numel() for p in emd.make_unet(settings()).parameters())
+    flags = [*SMALL, "--no-train-teacher", "--teacher", smoke / "teacher", "--unet-channels", 16, 16]
+    for free, code in ((0.99, 2), (1.01, 0)):
+        usage = types.SimpleNamespace(free=free * needed)
+        monkeypatch.setattr(emd.shutil, "disk_usage", lambda path, usage=usage: usage)
+        found, output = run_main(capsys, *flags, "--total-steps", 1, "--runs-dir", tmp_path)
+        assert found == code and ("are needed" in output) == (code == 2), output
+
+
+def test_features_that_cannot_be_read_are_refused_before_training(tmp_path, capsys):
+    (tmp_path / "features.pt").write_bytes(b"no network")
+    flags = ["--preset", "smoke", "--features", tmp_path / "features.pt", "--runs-dir", tmp_path / "runs"]
+    code, error = run_main(capsys, *flags)
+    assert code == 2 and f"--features {tmp_path / 'features.pt'} cannot be loaded" in error
+    assert not (tmp_path / "runs").exists()
+
+
 def test_resuming_takes_the_step_size_of_the_flags(copied, capsys):
     before = last_checkpoint(copied)
     flags = ["--resume", copied, "--eval-samples", 0, "--media-every", 0, "--total-steps", 5]
@@ -972,6 +1007,7 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
     for flags, message in (
         (["--total-steps", 1], "--total-steps 1 is below"),
         (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
+        (["--no-train-teacher", "--teacher", "x"], "--train-teacher False cannot change"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
@@ -1010,12 +1046,19 @@ def test_processes_are_not_inherited_from_a_run(copied):
 def test_two_processes_equal_one(tmp_path, capsys):
     flags = [*SMALL, "--teacher-steps", 3, "--total-steps", 2, "--log-every", 1, "--teacher-batch-size", 8]
     flags += ["--micro-batch-size", 4, "--cancel", "last", "--score-updates", 2]
-    ranks = start_two_processes("emd_imagenet.py", *flags, "--runs-dir", tmp_path / "two")
+    evaluated = [*flags, "--eval-samples", 60]
+    ranks = start_two_processes("emd_imagenet.py", *evaluated, "--runs-dir", tmp_path / "two")
     assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
     errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+    shared = json.loads((two / "eval.json").read_text())  # of three chunks, two by one process and one by the other
+    assert run_main(capsys, "--eval-only", two)[0] == 0
+    alone = json.loads((two / "eval.json").read_text())
+    for scores in (shared, alone):
+        del scores["student"]["seconds_per_image"], scores["teacher"]["seconds_per_image"]
+    assert alone == shared
+    for a, b in zip(metrics_of(one), metrics_of(two)[:-1], strict=True):
         for key in a:
             if not key.startswith("perf/"):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
@@ -1040,11 +1083,22 @@ def test_other_estimators_and_precisions_run(tmp_path, capsys, changes):
     assert list((only(tmp_path) / "media").glob("panel_*.png"))
 
 
+def test_beside_an_exact_teacher_the_students_networks_are_compiled(tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(emd.UNet2DModel, "compile", lambda self: compiled.append(self))
+    flags = [*EXACT, "--media-every", 0, "--compile", "--runs-dir", tmp_path]
+    assert run_main(capsys, *flags)[0] == 0
+    assert len({id(unet) for unet in compiled}) == 2  # generator and score network
+
+
 def test_a_diffusers_folder_is_a_teacher(smoke, tmp_path, capsys):
     flags = [*SMALL, "--no-train-teacher", "--teacher", smoke / "teacher", "--total-steps", 1, "--runs-dir", tmp_path]
     assert run_main(capsys, *flags)[0] == 0
     code, error = run_main(capsys, *flags, "--dataset", "fashion", "--image-size", 16)
     assert code == 2 and "--teacher" in error and "(1, 8, 8)" in error
+    shutil.copytree(smoke / "teacher", tmp_path / "pipeline" / "unet")
+    bare, inner = (emd.load_teacher(settings(), str(name)) for name in (smoke / "teacher", tmp_path / "pipeline"))
+    torch.testing.assert_close(inner.state_dict(), bare.state_dict(), rtol=0, atol=0)
 
 
 IMAGENET = ["--preset", "smoke", "--dataset", "imagenet", "--image-size", 8, "--total-steps", 0, "--eval-samples", 0]

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import conftest
@@ -203,18 +204,20 @@ def test_an_update_moves_generator_score_and_average_and_leaves_the_teacher(pred
     assert all(p.grad is None for p in setup.pipe.text_encoder.parameters())
 
 
-def test_checkpointing_changes_no_gradient():
-    found = {}
+def test_checkpointing_computes_blocks_twice_and_changes_no_gradient():
+    found, calls = {}, {False: [], True: []}
     for checkpointing in (False, True):
         args = settings(checkpointing=checkpointing)
         setup = setup_of(args)
         score = t2i.init_state(args, setup.teacher)["score"]
-        assert score.unet.is_gradient_checkpointing == checkpointing
+        for block in score.unet.down_blocks:
+            block.resnets[0].register_forward_pre_hook(lambda *inputs, seen=calls[checkpointing]: seen.append(inputs))
         x, t = normal(2, 4, 8, 8).requires_grad_(), torch.tensor([20, 700])
         loss = t2i.denoising_loss(score, x, t, normal(2, 4, 8, 8, seed=1), setup.captions(torch.arange(2)))
         loss.backward()
         found[checkpointing] = {name: p.grad for name, p in score.unet.named_parameters()} | {"x": x.grad}
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-4)
+    assert (len(calls[False]), len(calls[True])) == (2, 4)
 
 
 def test_the_lean_optimiser_is_adam_without_momentum():
@@ -549,9 +552,14 @@ def test_eval_only_repeats_the_scores_and_generate_draws_a_caption(copied, capsy
     assert "4 generator updates" in (copied / "pipeline" / "README.md").read_text()
     code, output = run_main(capsys, "--eval-only", copied, "--clip", "/nowhere")
     assert code == 2 and "--clip /nowhere does not exist" in output
-    code, output = run_main(capsys, "--eval-only", copied, "--generate", TEXTS[0])
+    code, output = run_main(capsys, "--eval-only", copied, "--generate", TEXTS[0], "--seed", 7)
     assert code == 0, output
-    assert np.asarray(t2i.Image.open(copied / "media" / "generated_1.png")).shape == (32, 256, 3)
+    pipe = t2i.StableDiffusionPipeline.from_pretrained(copied / "pipeline")
+    how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pil", "height": 32, "width": 32}
+    expected = pipe([TEXTS[0]] * 8, generator=torch.Generator("cpu").manual_seed(7), **how).images
+    found = np.asarray(t2i.Image.open(copied / "media" / "generated_7.png")).astype(int)
+    assert found.std() > 1
+    np.testing.assert_allclose(found, np.concatenate(expected, axis=1), rtol=0, atol=1)
 
 
 def test_a_refused_resume_changes_nothing(copied, capsys):
@@ -560,11 +568,44 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--total-steps", 1], "--total-steps 1 is below"),
         (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
         (["--vae-steps", 30], "--vae-steps 30 cannot change"),
+        (["--no-train-teacher", "--teacher", "x", "--prompts", "x"], "--train-teacher False cannot change"),
         (["--beta1", 0.5], "its optimiser is of another kind"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_what_an_evaluation_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(t2i, "train_teacher", lambda *inputs: False)
+    (tmp_path / "empty.txt").write_text("\n")
+    for flag, message in (
+        ("--eval-prompts", "holds no caption"),
+        ("--features", "cannot be loaded"),
+        ("--clip", "cannot be loaded"),
+        ("--reference", "holds 0 pictures"),
+    ):
+        flags = ["--preset", "smoke", flag, tmp_path / "empty.txt", "--runs-dir", tmp_path / "runs"]
+        code, error = run_main(capsys, *flags)
+        assert code == 2 and f"{flag} {tmp_path / 'empty.txt'} {message}" in error
+        assert not (tmp_path / "runs").exists()
+    assert run_main(capsys, *flags, "--eval-samples", 0)[0] == 0  # then it is not read
+
+
+def test_a_full_disk_is_refused_before_anything_is_trained_or_encoded(teacher_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    given = ["--no-train-teacher", "--teacher", teacher_folder, "--prompts", tmp_path / "prompts.txt"]
+    begun, common = [], ["--preset", "smoke", *QUIET, "--runs-dir", tmp_path / "runs"]
+    monkeypatch.setattr(t2i, "train_teacher", lambda *inputs: begun.append("teacher"))
+    monkeypatch.setattr(t2i, "load_everything", lambda *inputs: begun.append("captions") or sys.exit(0))
+    needed = 16 * 4 * sum(p.numel() for p in t2i.make_unet(settings()).parameters())  # three checkpoints, one UNet
+    for free, code, stages in ((0.99, 2, []), (1.01, 0, ["teacher", "captions"])):
+        usage = types.SimpleNamespace(free=free * needed)
+        monkeypatch.setattr(t2i.shutil, "disk_usage", lambda path, usage=usage: usage)
+        for flags in ([], [*given, "--unet-channels", 16, 16]):  # not the size that counts: the folder's
+            found, output = run_main(capsys, *common, *flags)
+            assert found == code and ("but 0.0 are needed" in output) == (code == 2), output
+        assert begun == stages
 
 
 def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
@@ -575,16 +616,20 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeyp
     t2i.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
 
 
-def test_two_processes_equal_one(teacher_folder, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
-    flags = ["--preset", "smoke", *QUIET, "--no-train-teacher", "--teacher", teacher_folder, "--total-steps", 1]
-    flags += ["--prompts", tmp_path / "prompts.txt", "--log-every", 1]
+def test_two_processes_equal_one(tmp_path, capsys):
+    flags = ["--preset", "smoke", "--media-every", 0, "--total-steps", 1, "--log-every", 1]
     ranks = start_two_processes("emd_text2image.py", *flags, "--runs-dir", tmp_path / "two")
-    assert run_main(capsys, *flags, "--runs-dir", tmp_path / "one")[0] == 0
+    assert run_main(capsys, *flags, "--eval-samples", 0, "--runs-dir", tmp_path / "one")[0] == 0
     errors = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    one, two = metrics_of(only(tmp_path / "one")), metrics_of(only(tmp_path / "two"))
-    for a, b in zip(one, two, strict=True):
+    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    shared = json.loads((two / "eval.json").read_text())  # every other chunk by another process
+    assert run_main(capsys, "--eval-only", two)[0] == 0
+    alone = json.loads((two / "eval.json").read_text())
+    for scores in (shared, alone):
+        del scores["student"]["seconds_per_image"], scores["teacher"]["seconds_per_image"]
+    assert alone == shared
+    for a, b in zip(metrics_of(one), metrics_of(two)[:-1], strict=True):
         for key in a:
             if not key.startswith("perf/"):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
@@ -617,7 +662,29 @@ def test_clip_score_is_the_cosine_of_the_folders_model(tmp_path, monkeypatch):
     assert not made  # it is found out before pictures are made
 
 
-def test_reference_pictures_and_features_of_large_pictures(tmp_path):
+class Pooled(nn.Module):
+    """In the place of Inception."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), weight))
+
+    def forward(self, images, return_features: bool = False):
+        return images.float().flatten(1)[:, :8] * self.weight
+
+
+def test_features_of_a_file_are_named_after_it_and_its_weights(tmp_path):
+    names, images = [], torch.arange(768, dtype=torch.uint8).view(4, 3, 8, 8)
+    for weight in (1.0, 2.0, 1.0):
+        torch.jit.script(Pooled(weight)).save(str(tmp_path / "inception.pt"))
+        name, features = t2i.load_features(settings(features=str(tmp_path / "inception.pt")), torch.device("cpu"))
+        torch.testing.assert_close(features(images), weight * images.float().flatten(1)[:, :8])
+        names.append(name)
+    assert names[0] == names[2] != names[1]
+    assert all(re.fullmatch("inception.pt, weights [0-9a-f]{12}", name) for name in names)
+
+
+def test_reference_pictures_and_features_of_large_pictures(tmp_path, monkeypatch):
     for i, picture in enumerate(pictures(TEXTS + TEXTS[:2]).permute(0, 2, 3, 1).numpy()):
         t2i.Image.fromarray(picture).resize((60, 40)).save(tmp_path / f"{i}.png")
     args = settings(reference=str(tmp_path))
@@ -625,6 +692,14 @@ def test_reference_pictures_and_features_of_large_pictures(tmp_path):
     (tmp_path / "3.png").write_bytes(b"no picture")
     with pytest.raises(t2i.UserError, match=r"--reference .*3.png cannot be read"):
         list(t2i.load_reference(args))
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "8.png").write_bytes((tmp_path / "0.png").read_bytes())
+    monkeypatch.setattr(t2i.Evaluator, "score", lambda self, sampler, evaluations: (None, None))
+    monkeypatch.setattr(t2i, "load_features", lambda *how: ("", lambda x: torch.full((len(x), 1), x.shape[-1])))
+    for reference, count in (("", 16), (str(tmp_path), 8)):  # drawn, or from the folder: of the size samples get
+        args = settings(image_size=512, reference=reference)
+        evaluator = t2i.Evaluator(args, ACCELERATOR, setup_of(args))
+        assert evaluator.references["data"].flatten().tolist() == [256] * count
     large = torch.zeros(2, 3, 512, 512, dtype=torch.uint8)
     large[1, :, 256:] = 200
     small = t2i.shrink(large)
@@ -632,10 +707,16 @@ def test_reference_pictures_and_features_of_large_pictures(tmp_path):
     assert (small[1, :, :120] == 0).all() and (small[1, :, 136:] == 200).all()
 
 
+def test_a_pipeline_is_loaded_without_a_warning_of_what_will_go(teacher_folder, recwarn):
+    assert t2i.load_pipeline(settings(), str(teacher_folder)).unet.dtype == torch.float32
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
 def test_the_papers_plan(capsys):
     t2i.dry_run(t2i.Args())
     printed = capsys.readouterr().out
     assert "859,520,964 parameters" in printed and "47 forward passes of 1024" in printed
+    assert "no autoencoder counted" in printed
     t2i.dry_run(t2i.PRESETS["single-gpu"])
     printed = capsys.readouterr().out
     (total,) = re.findall(r"memory: +([\d.]+) GB  in all", printed)
