@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,19 @@ def only(folder: Path) -> Path:
 
 def metrics_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def documented_keys(script: str) -> set[str]:
+    """Logged names in the first column of the tables of a script's page."""
+    cells = re.findall(r"^\|([^|]*)\|", (ROOT / "docs" / f"{script}.md").read_text(), re.M)
+    return {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.*]+)`", cell)}
+
+
+def assert_same_tensors(a: dict, b: dict) -> None:
+    """Of a whole checkpoint of a PyTorch script: every bit."""
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        assert a[name].equal(b[name]), name
 
 
 def steps_saved(folder: Path) -> list[int]:

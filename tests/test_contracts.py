@@ -15,7 +15,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPT, metrics_of
+from conftest import ROOT, SCRIPT, documented_keys, metrics_of
 
 import emd_imagenet as emd
 import emd_text2image as t2i
@@ -149,8 +149,7 @@ def test_logged_keys_are_the_documented_keys(smoke_run):
     logged = {re.sub("^achievements/.*", "achievements/*", key) for key in logged}
     page = ROOT / "docs" / f"{SCRIPT.stem}.md"
     assert page.exists(), f"there is no {page.relative_to(ROOT)}"
-    cells = re.findall(r"^\|([^|]*)\|", page.read_text(), re.M)  # first column of every table
-    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w*]+)`", cell)}
+    documented = documented_keys(SCRIPT.stem)
     assert not logged - documented, f"logged but not documented: {sorted(logged - documented)}"
     for path in (smoke_run.folder / "media").iterdir():
         name = re.sub(r"_[0-9]+\.", "_*.", path.name)

@@ -23,7 +23,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics_of, only, start_two_processes
+from conftest import ROOT, assert_same_tensors, documented_keys, metrics_of, only, start_two_processes
 from torch import nn
 
 import emd_imagenet as emd
@@ -826,12 +826,6 @@ def last_checkpoint(folder):
     return found
 
 
-def assert_same_tensors(a, b, **tolerance):
-    assert a.keys() == b.keys() and len(a) > 100
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The smoke preset, run once through the command line as a user would. Do not change it: copy it."""
@@ -863,8 +857,7 @@ def test_smoke_leaves_what_it_promises(smoke):
 
 def test_logged_keys_are_the_documented_keys(smoke):
     page = (ROOT / "docs" / "emd_imagenet.md").read_text()
-    cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
-    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
+    documented = documented_keys("emd_imagenet")
     logged = {key for line in metrics_of(smoke) for key in line if key != "step"}
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     assert documented - logged <= {"perf/peak_device_memory_gb", "chain/residual_rms_s0", "chain/residual_rms_s1"}
@@ -900,7 +893,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(smoke, tmp_path, 
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + '{"step": 23}\n{"step": 2')
     code, output = run_main(capsys, "--resume", folder, "--total-steps", 4)
     assert code == 0, output
-    assert_same_tensors(last_checkpoint(folder), last_checkpoint(smoke), rtol=0, atol=0)
+    assert_same_tensors(last_checkpoint(folder), last_checkpoint(smoke))
     for ours, theirs in zip(metrics_of(folder), metrics_of(smoke)[:-1], strict=True):
         assert all(ours[key] == theirs[key] for key in theirs if not key.startswith("perf/"))
 
@@ -918,7 +911,7 @@ def test_a_teacher_that_was_interrupted_goes_on_exactly(smoke, tmp_path, capsys,
     assert "stopped and saved after update 7;" in run_main(capsys, *SMALL, "--runs-dir", tmp_path)[1]
     assert not (only(tmp_path) / "teacher").exists()
     assert run_main(capsys, "--resume", only(tmp_path))[0] == 0
-    assert_same_tensors(last_checkpoint(only(tmp_path)), last_checkpoint(smoke), rtol=0, atol=0)
+    assert_same_tensors(last_checkpoint(only(tmp_path)), last_checkpoint(smoke))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(smoke, copied, capsys):
@@ -926,7 +919,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(smoke, copied,
     newest.write_bytes(newest.read_bytes()[:1000])
     code, output = run_main(capsys, "--resume", copied, "--eval-samples", 0, "--media-every", 0)
     assert code == 0 and newest.name in output
-    assert_same_tensors(last_checkpoint(copied), last_checkpoint(smoke), rtol=0, atol=0)
+    assert_same_tensors(last_checkpoint(copied), last_checkpoint(smoke))
 
 
 def test_a_run_that_was_killed_before_its_evaluation_is_evaluated_when_resumed(copied, capsys):

@@ -22,7 +22,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test asks a network
 import torch
-from conftest import ROOT, metrics_of, only, start_two_processes
+from conftest import ROOT, assert_same_tensors, documented_keys, metrics_of, only, start_two_processes
 from torch import nn
 
 import emd_text2image as t2i
@@ -442,12 +442,6 @@ def tensors(value, name=""):
     return {path: found for key, inner in entries for path, found in tensors(inner, f"{name}.{key}").items()}
 
 
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys() and len(a) > 100
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The smoke preset, run once through the command line as a user would. Do not change it: copy it."""
@@ -478,8 +472,7 @@ def test_smoke_leaves_what_it_promises(smoke):
 
 def test_logged_keys_are_the_documented_keys(smoke):
     page = (ROOT / "docs" / "emd_text2image.md").read_text()
-    cells = re.findall(r"^\|([^|]*)\|", page, re.M)  # first column of every table
-    documented = {key for cell in cells for key in re.findall(r"`([a-z_]+/[\w.]+)`", cell)}
+    documented = documented_keys("emd_text2image")
     logged = {key for line in metrics_of(smoke) for key in line if key != "step"}
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     sometimes = {"perf/peak_device_memory_gb", "eval/clip_score"} | {f"chain/residual_rms_t{t}" for t in (0, 250, 750)}
