@@ -111,6 +111,7 @@ class Args:
     wm_dropout: float = 0.1  # on embeddings, attention weights and residual branches, in training only
     wm_learning_rate: float = 1e-3  # Adam step size of the world model, constant
     wm_batch_size: int = 16  # sequences of context + 1 frames per gradient step
+    wm_action_in_cells: bool = False  # add the action to each cell of its step, beside its own token (the paper: no)
     wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
     replay_size: int = 128_000  # transitions kept, first in first out, all environments together
@@ -859,7 +860,9 @@ class WorldModel(nn.Module):
 
     def embed(self, tokens: Array, actions: Array) -> Array:
         """Int[B, T, 81], Int[B, T] -> Float[B * T * 82, d]."""
-        x = jnp.concatenate([self.token_table[tokens], self.action_table[actions][:, :, None]], axis=2)
+        cells, action = self.token_table[tokens], self.action_table[actions][:, :, None]
+        cells = cells + action if self.args.wm_action_in_cells else cells
+        x = jnp.concatenate([cells, action], axis=2)
         return x.reshape(-1, x.shape[-1]).astype(self.args.compute_dtype)
 
     def read_out(self, x: Array, batch: int, vocab: int, size: Array) -> tuple[Array, Array, Array]:

@@ -160,6 +160,22 @@ def test_the_loss_is_three_cross_entropies_on_the_right_labels(small, forward):
     np.testing.assert_allclose(logs["changed_token_accuracy"], right[changed].mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_cells", [False, True])
+def test_without_attention_a_cell_knows_the_action_only_if_that_is_added_to_it(tiny, in_cells):
+    args = tiny(context=T, imagination_steps=T, wm_action_in_cells=in_cells)
+    params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
+    blocks = {
+        name: block | {"out": jax.tree.map(jnp.zeros_like, block["out"])}
+        for name, block in params.items()
+        if "blocks" in name
+    }
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
+    tokens, actions = jnp.zeros((1, T, 81), jnp.int32), jnp.arange(T)[None] % 2
+    cells, reward, _ = apply({"params": params | blocks}, tokens, actions, 256, 200, True)
+    assert (np.abs(cells[0, 0] - cells[0, 1]).max() > 1e-4) == in_cells
+    assert np.abs(reward[0, 0] - reward[0, 1]).max() > 1e-4  # read at the action's own token
+
+
 def test_a_larger_output_vocabulary_gives_the_same_loss_and_gradients(tiny):
     args = tiny(context=T, imagination_steps=T, codebook_size=600, wm_dropout=0.0)
     params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
