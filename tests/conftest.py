@@ -69,6 +69,24 @@ def start_two_processes(script: str, *flags: str) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in environments]
 
 
+def assert_two_processes_equal_one(one: Path, two: Path, evaluate) -> None:
+    """A run in one process, not evaluated, and the same in two, whose scores evaluate(folder) makes again in one."""
+
+    def scores():
+        found = json.loads((two / "eval.json").read_text())
+        del found["student"]["seconds_per_image"], found["teacher"]["seconds_per_image"]
+        return found
+
+    shared = scores()
+    (two / "eval.json").unlink()
+    evaluate(two)
+    assert scores() == shared
+    for a, b in zip(metrics_of(one), metrics_of(two)[:-1], strict=True):
+        for key in a:
+            if not key.startswith("perf/"):
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+
+
 def run_script(folder: Path, *flags: str, **options) -> SimpleNamespace:
     """Runs it to its end: exit code, stdout, stderr and the run folder that it made, if it made one."""
     process = start_script(folder, *flags, **options)
