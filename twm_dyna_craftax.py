@@ -27,10 +27,12 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1327,16 +1329,23 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # an error is told once, in one sentence
-    try:
-        if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
-            shutil.rmtree(damaged)  # else it would not be computed again
-        multihost_utils.sync_global_devices("no checkpoint of this step")
-        with contextlib.redirect_stderr(None), checkpoints(folder) as manager:
-            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
-    except (OSError, ValueError) as error:
-        reason = f"was not written ({str(error)[-200:]!r}): make room, then --resume {folder}"
-        raise UserError(f"checkpoint {step} of {folder} {reason}.") from error
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    reason = ""
+    with contextlib.redirect_stderr(None):  # an error is told once, in one sentence
+        try:
+            if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
+                shutil.rmtree(damaged)  # else it would not be computed again
+            multihost_utils.sync_global_devices("no checkpoint of this step")
+            with checkpoints(folder) as manager:
+                manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        except (OSError, ValueError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else repr(str(error)[-200:])
+        if reason:
+            gc.collect()  # abandoned coroutines complain when they are collected
+    if reason:
+        raise UserError(f"checkpoint {step} of {folder} was not written ({reason}): make room, then --resume {folder}.")
 
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
