@@ -113,6 +113,7 @@ class Args:
     wm_dropout: float = 0.1  # on embeddings, attention weights and residual branches, in training only
     wm_learning_rate: float = 1e-3  # Adam step size of the world model, constant
     wm_batch_size: int = 16  # sequences of context + 1 frames per gradient step
+    wm_average_decay: float = 0.0  # decay per gradient step of the mean of its weights that imagines (the paper: 0)
     wm_action_in_cells: bool = False  # add the action to each cell of its step, beside its own token (the paper: no)
     wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
@@ -211,6 +212,7 @@ def check_args(args: Args) -> None:
     check_policy_args(args, sizes)
     window, rollout = max(args.context, args.burn_in) + 1, args.num_envs * args.num_steps
     require(args, "wm_dropout", args.wm_dropout < 1, "drops everything: give a number below 1")
+    require(args, "wm_average_decay", args.wm_average_decay < 1, "never moves: give a number below 1")
     reason = f"does not split into --wm-heads {args.wm_heads} heads of even size, as rotary positions need"
     require(args, "wm_size", args.wm_size % (2 * args.wm_heads) == 0, f"{reason}: try {32 * args.wm_heads}")
     reason = f"is more than the world model can see: give at most --context {args.context}"
@@ -996,6 +998,9 @@ def world_model_step(
     return Learner(optax.apply_updates(model.params, updates), opt_state), logs
 
 
+move_average = jax.jit(optax.incremental_update)  # of new and old parameters, new ones weighted by a step size
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
     """Losses and accuracies, without dropout, on the last context + 1 of [T, B] steps of wm_batch_size environments,
@@ -1100,6 +1105,7 @@ class TrainState:
     episode_sums: Array
     codebook: Codebook
     model: Learner
+    wm_average: Any  # running mean of the world model's parameters over its gradient steps
     replay: Replay
 
 
@@ -1110,8 +1116,8 @@ def init_state(args: Args) -> TrainState:
     replicated = functools.partial(jax.device_put, device=on_devices(None))
     sums, iteration = replicated((jnp.zeros((1 + args.window_iterations, 25)), jnp.zeros((), jnp.int32)))
     policy, model = replicated((init_policy(args, key_policy), init_world_model(args, key_model)))
-    env, replay = init_env(args, key_env), init_replay(args)
-    return TrainState(iteration, policy, env, sums, replicated(codebook), model, replay)
+    env, replay, average = init_env(args, key_env), init_replay(args), jax.tree.map(jnp.copy, model.params)
+    return TrainState(iteration, policy, env, sums, replicated(codebook), model, average, replay)
 
 
 def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainState, Rollout, dict]:
@@ -1132,14 +1138,15 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
     new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
     vocab, size = live_vocabulary(args, codebook), codebook.size
-    logs["world_model/heldout"] = mean_of([heldout_logs(args, vocab, state.model.params, size, new)])
+    logs["world_model/heldout"] = mean_of([heldout_logs(args, vocab, state.wm_average, size, new)])
     replay = add_to_replay(state.replay, new)
     clock.lap("tokenizer", replay)
 
     # 3b. Train the world model.
-    model, log = state.model, []
+    model, average, log = state.model, state.wm_average, []
     for key in jax.random.split(key_model, args.wm_updates):
         model, one = world_model_step(args, vocab, model, size, replay, key)
+        average = move_average(model.params, average, 1 - args.wm_average_decay)
         log.append(one)
     logs["losses/world_model"] = mean_of(log)
     clock.lap("world_model")
@@ -1147,7 +1154,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     # 4. PPO on imagined rollouts, once the warmup is over.
     warm, log = (int(state.iteration) + 1) * env_steps >= args.warmup_steps, []
     for key in jax.random.split(key_imagine, args.imagination_updates if warm else 0):
-        batch, rates = imagined_batch(args, vocab, policy, model.params, codebook, replay, key)
+        batch, rates = imagined_batch(args, vocab, policy, average, codebook, replay, key)
         policy, one = ppo_step(args, policy, batch, args.imagination_envs)  # one step on all of it: ratio 1
         log.append(one | rates)
     logs["losses/imagined"] = mean_of(log)
@@ -1155,7 +1162,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
 
     logs = {f"{group}_{name}": value for group, log in logs.items() for name, value in log.items()}
     logs |= {"world_model/codes": float(size), "world_model/replay_steps": float(replay.filled * args.num_envs)}
-    state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, replay)
+    state = TrainState(state.iteration + 1, policy, env, sums, codebook, model, average, replay)
     return state, rollout, episode_charts(sums) | logs | clock.summary(env_steps)
 
 
@@ -1173,7 +1180,7 @@ def write_media(args: Args, run: "Run", step: int, state: TrainState, rollout: R
     batch = math.lcm(4, jax.device_count())
     windows = sample_windows(state.replay, key_windows, batch, args.context + 1, args.replay_size)
     vocab, size = live_vocabulary(args, state.codebook), state.codebook.size
-    tokens = replay_actions(args, vocab, given, state.model.params, size, windows, key_tokens)
+    tokens = replay_actions(args, vocab, given, state.wm_average, size, windows, key_tokens)
     frames = jnp.stack([windows.frames, decode(state.codebook, tokens)], axis=1)
     frames = on_host(frames[:4])  # UInt8[4, 2, T, 63, 63, 3]
     framed = np.full((*frames.shape[:3], GRID * CELL + 4, GRID * CELL + 4, 3), (40, 160, 60), np.uint8)

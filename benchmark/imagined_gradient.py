@@ -67,7 +67,7 @@ def mixed_batch(
         key_act, key_world, key_token, key_reward, key_done = jax.random.split(key, 5)
         actions, logprobs, values, next_hidden = twm.act(args, policy.params, frame, reset, hidden, key_act, False)
         world, true_frame, rewards, dones, _ = twm.env_step(world, actions, jax.random.split(key_world, batch))
-        model = functools.partial(twm.WorldModel(args).apply, {"params": state.model.params}, method="step")
+        model = functools.partial(twm.WorldModel(args).apply, {"params": state.wm_average}, method="step")
         size, length = state.codebook.size, args.imagination_steps
         (logits, reward, done), caches = model(tokens, actions, vocab, size, caches, t, length)
         drawn = twm.draw_tokens(key_token, logits[:, 0], size)

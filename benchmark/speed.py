@@ -281,7 +281,8 @@ def short_iteration(args: twm.Args, data: SimpleNamespace) -> dict[str, float]:
     """twm.train_iteration with few updates; seconds of its phases by its own clock."""
     args = dataclasses.replace(args, **SHORT)
     sums = jnp.zeros((1 + args.window_iterations, 25))
-    state = twm.TrainState(jnp.int32(0), data.policy, data.env, sums, data.codebook, data.model, data.replay)
+    average = jax.tree.map(jnp.copy, data.model.params)
+    state = twm.TrainState(jnp.int32(0), data.policy, data.env, sums, data.codebook, data.model, average, data.replay)
     state, _, logs = twm.train_iteration(args, state, data.key)
     data.policy, data.model, data.replay = state.policy, state.model, state.replay  # the old ones are consumed
     return {phase: logs[f"perf/seconds_{phase}"] for phase in phases(args)}

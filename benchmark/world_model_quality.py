@@ -284,7 +284,7 @@ imagine = jax.jit(twm.imagine, static_argnums=(0, 1))
 
 def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array) -> tuple[dict, dict, np.ndarray]:
     """One world model on steps [T, B]: metrics, curves, true and imagined frames UInt8[N, 2, T, 63, 63, 3] to draw."""
-    live = twm.live_vocabulary(args, state.codebook), state.model.params, state.codebook.size
+    live = twm.live_vocabulary(args, state.codebook), state.wm_average, state.codebook.size
     key_shuffle, key_replay, key_imagine = jax.random.split(key, 3)
 
     def said(part, key):

@@ -23,6 +23,7 @@ OUT_OF_PLACE = {  # flags beside --preset smoke (4 environments x 6 steps, conte
     "lambda above 1": (["--gae-lambda", "1.01"], ["--gae-lambda 1.01"]),
     "decay above 1": (["--value-norm-decay", "2"], ["--value-norm-decay 2"]),
     "all dropped": (["--wm-dropout", "1"], ["--wm-dropout 1"]),
+    "frozen average": (["--wm-average-decay", "1"], ["--wm-average-decay 1"]),
     "odd head size": (["--wm-size", "6", "--wm-heads", "2"], ["--wm-size 6", "--wm-heads 2"]),
     "heads that do not divide": (["--wm-heads", "3"], ["--wm-size 32", "--wm-heads 3"]),
     "imagination beyond the context": (["--imagination-steps", "5"], ["--imagination-steps 5", "--context 4"]),

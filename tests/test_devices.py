@@ -94,7 +94,7 @@ import dataclasses, types, jax, jax.numpy as jnp, twm_dyna_craftax as twm
 args, key, shown = dataclasses.replace(twm.PRESETS["smoke"], num_envs=8), jax.random.PRNGKey(0), {}
 codebook = twm.Codebook(jnp.zeros((args.codebook_size, 147), jnp.uint8), jnp.int32(1))
 replay, model = twm.init_replay(args).replace(filled=jnp.int32(8)), twm.init_world_model(args, key)
-state = types.SimpleNamespace(codebook=codebook, replay=replay, model=model)
+state = types.SimpleNamespace(codebook=codebook, replay=replay, wm_average=model.params)
 rollout = types.SimpleNamespace(frames=jnp.zeros((6, 8, *twm.FRAME), jnp.uint8))
 run = types.SimpleNamespace(media=lambda step, name, frames, scale=4: shown.update({name: frames.shape}))
 twm.write_media(args, run, 24, state, rollout, key)

@@ -3,6 +3,7 @@ from real experience.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -227,3 +228,43 @@ def test_imagination_begins_after_the_warmup(smoke_run):
     for line in metrics_of(smoke_run.folder):
         imagined = any(key.startswith("losses/imagined_") for key in line)
         assert imagined == (line["step"] >= 48), line["step"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_the_averaged_weights_imagine(tiny, monkeypatch, decay):
+    """The mean moves at every gradient step and goes on in the next iteration; imagined rollouts, held-out losses and
+    pictures get it, the gradient steps the weights themselves. At decay 0 it is them.
+    """
+    args, seen = tiny(wm_updates=2, imagination_updates=1, warmup_steps=0, wm_average_decay=decay), {}
+    state = jax.eval_shape(lambda: twm.init_state(args))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    pictures = jnp.zeros((args.num_steps, args.num_envs, *twm.FRAME), jnp.uint8)
+    rollout = twm.Rollout(pictures, *[jnp.zeros(())] * (len(dataclasses.fields(twm.Rollout)) - 1))
+
+    def step(args, vocab, model, size, replay, key):  # weights 1, 2, 3, ...
+        return model.replace(params=jax.tree.map(lambda leaf: leaf + 1, model.params)), {}
+
+    def saw(name, position, result):
+        return lambda *inputs: (seen.setdefault(name, []).append(inputs[position]), result)[1]
+
+    stubs = {"collect": lambda *_: (state.env, rollout, None), "add_episodes": lambda sums, records: sums}
+    stubs |= {"ppo_update": lambda *_: (state.policy, {}), "grow_codebook": lambda *_: (state.codebook, None)}
+    stubs |= {
+        "add_to_replay": lambda replay, new: replay,
+        "world_model_step": step,
+        "ppo_step": lambda args, policy, *_: (policy, {}),
+    }
+    stubs |= {"heldout_logs": saw("heldout", 2, {}), "imagined_batch": saw("imagination", 3, (None, {}))}
+    stubs["replay_actions"] = saw("pictures", 3, jnp.zeros((4, args.context + 1, 81), jnp.int32))
+    for name, stub in stubs.items():
+        monkeypatch.setattr(twm, name, stub)
+    for _ in range(2):
+        state, _, _ = twm.train_iteration(args, state, jax.random.PRNGKey(0))
+    twm.write_media(args, SimpleNamespace(media=lambda *_: None), 0, state, rollout, jax.random.PRNGKey(0))
+    means = [(1 - decay) * 1]
+    for weights in (2, 3, 4):
+        means.append(decay * means[-1] + (1 - decay) * weights)
+    values = {name: [np.unique(tree["token_table"]).tolist() for tree in trees] for name, trees in seen.items()}
+    first, second = [means[1]], [means[3]]
+    assert values == {"heldout": [[0.0], first], "imagination": [first, second], "pictures": [second]}
+    assert np.unique(state.model.params["token_table"]) == 4

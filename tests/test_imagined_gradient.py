@@ -53,7 +53,7 @@ def test_variants_differ_in_what_they_say(rollouts):
     # Expected rewards are the probabilities of the true frames' sequence; drawn ones are 0 or 1.
     tokens = tokens_of(state.codebook, real.frames)[1].swapaxes(0, 1)
     model_of = twm.WorldModel(args).apply(
-        {"params": state.model.params}, tokens, real.actions.T, vocab, state.codebook.size
+        {"params": state.wm_average}, tokens, real.actions.T, vocab, state.codebook.size
     )
     np.testing.assert_allclose(expected.rewards.T, jax.nn.softmax(model_of[1])[..., 1], atol=1e-5)
     assert set(np.unique(model.rewards)) <= {0.0, 1.0} and ((real.rewards * 10) % 1 < 1e-5).all()

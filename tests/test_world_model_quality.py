@@ -298,7 +298,7 @@ def test_a_toy_learnt_by_heart_is_measured_as_perfect(toy, monkeypatch):
     monkeypatch.setattr(quality, "predict", predict)
     monkeypatch.setattr(quality, "imagine", imagine)
     monkeypatch.setattr(twm, "replay_actions", lambda args, vocab, given, params, size, part, key: part.tokens)
-    state = SimpleNamespace(codebook=toy.codebook, model=SimpleNamespace(params=None), policy=None)
+    state = SimpleNamespace(codebook=toy.codebook, wm_average=None, policy=None)
     metrics, curves, frames = quality.measure(args, state, real, jax.random.PRNGKey(0))
     assert metrics["cells"]["all"]["accuracy"] == metrics["frames"]["all"]["accuracy"] == 1
     assert metrics["steps"] == 8 * T and metrics["episodes"] == steps.dones.sum()
