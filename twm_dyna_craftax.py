@@ -115,6 +115,7 @@ class Args:
     wm_batch_size: int = 16  # sequences of context + 1 frames per gradient step
     wm_average_decay: float = 0.0  # decay per gradient step of the mean of its weights that imagines (the paper: 0)
     wm_action_in_cells: bool = False  # add the action to each cell of its step, beside its own token (the paper: no)
+    wm_rewarded_actions: bool = False  # tell it the actions that have achieved something in the episode (the paper: no)
     wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
     replay_size: int = 128_000  # transitions kept, first in first out, all environments together
@@ -854,6 +855,8 @@ class WorldModel(nn.Module):
         normal, lecun = nn.initializers.normal(0.02), nn.initializers.lecun_normal()
         self.token_table = self.param("token_table", normal, (args.codebook_size, args.wm_size))
         self.action_table = self.param("action_table", normal, (NUM_ACTIONS, args.wm_size))
+        if args.wm_rewarded_actions:  # "do" has eleven achievements, any other action one
+            self.rewarded_table = self.param("rewarded_table", normal, (NUM_ACTIONS, 12, args.wm_size))
         self.blocks = [TransformerBlock(args) for _ in range(args.wm_layers)]
         self.norm, self.drop = nn.LayerNorm(epsilon=1e-5, dtype=dtype), nn.Dropout(args.wm_dropout)
         hidden = [nn.Dense(args.wm_size, dtype=dtype) for _ in range(3)]
@@ -862,10 +865,13 @@ class WorldModel(nn.Module):
         self.token_bias = self.param("token_bias", nn.initializers.zeros, (args.codebook_size,))
         self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
 
-    def embed(self, tokens: Array, actions: Array) -> Array:
-        """Int[B, T, 81], Int[B, T] -> Float[B * T * 82, d]."""
+    def embed(self, tokens: Array, actions: Array, rewarded: Array | None) -> Array:
+        """Int[B, T, 81], Int[B, T], UInt8[B, T, 17] -> Float[B * T * 82, d]."""
         cells, action = self.token_table[tokens], self.action_table[actions][:, :, None]
         cells = cells + action if self.args.wm_action_in_cells else cells
+        if self.args.wm_rewarded_actions:
+            table = self.rewarded_table[jnp.arange(NUM_ACTIONS), jnp.minimum(rewarded, 11)]  # Float[B, T, 17, d]
+            action = action + table.sum(2, keepdims=True)
         x = jnp.concatenate([cells, action], axis=2)
         return x.reshape(-1, x.shape[-1]).astype(self.args.compute_dtype)
 
@@ -878,20 +884,30 @@ class WorldModel(nn.Module):
         reward = self.reward_out(nn.relu(self.reward_hidden(action))).astype(jnp.float32)
         return logits, reward, self.done_out(nn.relu(self.done_hidden(action))).astype(jnp.float32)
 
-    def __call__(self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True) -> tuple:
-        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]."""
-        x = self.drop(self.embed(tokens, actions), deterministic)
+    def __call__(
+        self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True, rewarded: Any = None
+    ) -> tuple[Array, Array, Array]:
+        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T], rewarded UInt8[B, T, 17] if it is told."""
+        x = self.drop(self.embed(tokens, actions, rewarded), deterministic)
         for block in self.blocks:
             x = block(x, tokens.shape[1], deterministic)
         return self.read_out(x, len(tokens), vocab, size)
 
     def step(
-        self, tokens: Array, actions: Array, vocab: int, size: Array, caches: Array, t: Array, length: int
+        self,
+        tokens: Array,
+        actions: Array,
+        vocab: int,
+        size: Array,
+        caches: Array,
+        t: Array,
+        length: int,
+        rewarded: Array | None = None,
     ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Step t alone: tokens Int[B, 81], actions Int[B], caches Float[layers, 2, heads, B, S, D] of the steps before,
-        read up to step length > t. Returns outputs with T = 1, caches.
+        """Step t alone: tokens Int[B, 81], actions Int[B], rewarded UInt8[B, 17] if it is told, caches Float[layers, 2,
+        heads, B, S, D] of the steps before, read up to step length > t. Returns outputs with T = 1, caches.
         """
-        x = self.embed(tokens[:, None], actions[:, None])
+        x = self.embed(*jax.tree.map(lambda leaf: leaf[:, None], (tokens, actions, rewarded)))
         for i, block in enumerate(self.blocks):
             x, cache = block.step(x, caches[i], t, length)
             caches = caches.at[i].set(cache)
@@ -906,7 +922,8 @@ def empty_caches(args: Args, batch: int) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def init_world_model(args: Args, key: Array) -> Learner:
     tokens, actions = jnp.zeros((1, 1, BLOCK - 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1)["params"]
+    rewarded = jnp.zeros((1, 1, NUM_ACTIONS), jnp.uint8)
+    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1, True, rewarded)["params"]
     return Learner(params, adam(args, args.wm_learning_rate).init(params))
 
 
@@ -921,7 +938,8 @@ def world_model_loss(
     tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
     inputs, labels = tokens[:, :-1], tokens[:, 1:]  # Int[B, T, 81]
     apply = functools.partial(WorldModel(args).apply, rngs={} if key is None else {"dropout": key})
-    logits, reward, done = apply({"params": params}, inputs, windows.actions[:, :-1], vocab, size, key is None)
+    actions, rewarded = jax.tree.map(lambda leaf: leaf[:, :-1], (windows.actions, windows.rewarded))
+    logits, reward, done = apply({"params": params}, inputs, actions, vocab, size, key is None, rewarded)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     token_losses = cross_entropy(logits, labels)  # Float[B, T, 81]
     logs = {"token_loss": token_losses.mean()}
@@ -946,6 +964,7 @@ class Steps:
     rewards: Array  # Float[...]
     dones: Array  # Bool[...]
     frames: Array | None  # UInt8[..., 63, 63, 3]; None where tokens are enough, as in benchmarks
+    rewarded: Array | None = None  # UInt8[..., 17]: how often each action has achieved something in the episode before
 
 
 @struct.dataclass
@@ -961,8 +980,27 @@ class Replay:
 def init_replay(args: Args) -> Replay:
     shape = (args.replay_size // args.num_envs, args.num_envs)
     tokens, frames = jnp.zeros((*shape, BLOCK - 1), jnp.uint16), jnp.zeros((*shape, *FRAME), jnp.uint8)
-    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames)
+    rewarded = jnp.zeros((*shape, NUM_ACTIONS), jnp.uint8) if args.wm_rewarded_actions else None
+    steps = Steps(tokens, jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool), frames, rewarded)
     return Replay(split_batch(steps, axis=1), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def count_rewarded(counts: Array, actions: Array, rewards: Array, dones: Array) -> Array:
+    """Steps.rewarded of the next step, UInt8[B, 17], from that of a step and what happens in it."""
+    counts = counts + (jax.nn.one_hot(actions, NUM_ACTIONS) * (rewards >= 0.5)[:, None]).astype(jnp.uint8)
+    return jnp.where(dones[:, None], jnp.uint8(0), counts)
+
+
+@jax.jit
+def add_rewarded(replay: Replay, new: Steps) -> Steps:
+    """[T, B] steps with their field `rewarded`, for which the newest ones in the replay are those before them."""
+    last = jax.tree.map(lambda ring: ring[replay.head - 1], replay.steps)
+
+    def one(counts, step):
+        return count_rewarded(counts, step.actions, step.rewards, step.dones), counts
+
+    first = count_rewarded(last.rewarded, last.actions, last.rewards, last.dones)
+    return new.replace(rewarded=jax.lax.scan(one, first, new)[1])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -1034,19 +1072,22 @@ def imagine(
         hidden = Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
 
     def step(carry, inputs, length):
-        (frame, reset, hidden, tokens, caches), (t, key) = carry, inputs
+        (frame, reset, hidden, tokens, rewarded, caches), (t, key) = carry, inputs
         key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length)
+        (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length, rewarded)
         tokens = draw_tokens(key_token, logits[:, 0], codebook.size)  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
+        if rewarded is not None:
+            rewarded = count_rewarded(rewarded, actions, rewards, dones)
         outputs = (frame, reset, actions, logprobs, values, rewards, dones)
-        return (decode(codebook, tokens), dones, next_hidden, tokens, caches), outputs
+        return (decode(codebook, tokens), dones, next_hidden, tokens, rewarded, caches), outputs
 
     keys = jax.random.split(key, args.imagination_steps)
-    carry = (frames[-1], resets[-1], hidden, windows.tokens[:, -1].astype(jnp.int32), empty_caches(args, batch))
+    tokens, rewarded = jax.tree.map(lambda leaf: leaf[:, -1], (windows.tokens, windows.rewarded))
+    carry = (frames[-1], resets[-1], hidden, tokens.astype(jnp.int32), rewarded, empty_caches(args, batch))
     pieces, quarter = [], -(-args.imagination_steps // 4)
     for start in range(0, args.imagination_steps, quarter):  # each quarter reads no more of the caches than it fills
         end = min(start + quarter, args.imagination_steps)
@@ -1085,7 +1126,8 @@ def replay_actions(
     def step(carry, inputs):
         (tokens, caches), (t, key) = carry, inputs
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        (logits, _, _), caches = model(tokens, windows.actions[:, t], vocab, size, caches, t, steps)
+        actions, rewarded = jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
+        (logits, _, _), caches = model(tokens, actions, vocab, size, caches, t, steps, rewarded)
         tokens = jnp.where(t + 1 < given, true[:, t + 1], draw_tokens(key, logits[:, 0], size))
         return (tokens, caches), tokens
 
@@ -1137,6 +1179,7 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     # 3a. Grow the tokenizer with every new frame, append frames and tokens to the replay.
     codebook, tokens = grow_codebook(args, state.codebook, rollout.frames)
     new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
+    new = add_rewarded(state.replay, new) if args.wm_rewarded_actions else new
     vocab, size = live_vocabulary(args, codebook), codebook.size
     logs["world_model/heldout"] = mean_of([heldout_logs(args, vocab, state.wm_average, size, new)])
     replay = add_to_replay(state.replay, new)

@@ -161,6 +161,7 @@ def main(argv: list[str]) -> None:
     folder, started = Path(flags.folder), time.perf_counter()
     try:
         args = twm.parse_args(["--eval-only", flags.folder])
+        twm.require(args, "wm_rewarded_actions", not args.wm_rewarded_actions, "is not supported here")
         state = twm.load_checkpoint("--eval-only", folder, twm.init_state(args))
     except twm.UserError as error:
         sys.exit(f"imagined_gradient.py: {error}")

@@ -61,6 +61,7 @@ def true_batch(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Arr
 
 def main() -> None:
     args = twm.parse_args()
+    twm.require(args, "wm_rewarded_actions", not args.wm_rewarded_actions, "means nothing here: leave it out")
     twm.start_jax(args)
     twm.check_args(args)
     run, env_steps = twm.Run(args), args.num_envs * args.num_steps

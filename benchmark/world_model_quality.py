@@ -149,7 +149,8 @@ def predict(args: twm.Args, vocab: int, params: Any, size: Array, steps: twm.Ste
     """Without dropout, step t from all steps of its window up to t."""
     tokens = steps.tokens.astype(jnp.int32)
     inputs = tokens[:, :-1], steps.actions[:, :-1]
-    logits, reward, done = twm.WorldModel(args).apply({"params": params}, *inputs, vocab, size)
+    rewarded = None if steps.rewarded is None else steps.rewarded[:, :-1]
+    logits, reward, done = twm.WorldModel(args).apply({"params": params}, *inputs, vocab, size, rewarded=rewarded)
     logprob = jnp.take_along_axis(nn.log_softmax(logits), tokens[:, 1:, :, None], axis=-1)[..., 0]
     likeliest = logits.argmax(-1).astype(jnp.uint16)
     return Prediction(likeliest, logprob, nn.softmax(reward)[..., 1], nn.softmax(done)[..., 1])
@@ -396,6 +397,9 @@ def measure_run(folder: Path, num_envs: int, num_steps: int, seed: int) -> tuple
     twm.require(args, "num_steps", num_steps >= least, f"holds no window: give at least {least}")
     key_env, key_collect, key = jax.random.split(jax.random.PRNGKey(seed), 3)
     held_out = collect(args, state.policy.params, state.codebook, twm.init_env(args, key_env), key_collect)
+    if args.wm_rewarded_actions:
+        nothing_before = twm.init_replay(dataclasses.replace(args, replay_size=num_envs))
+        held_out = held_out.replace(steps=twm.add_rewarded(nothing_before, held_out.steps))
     metrics, curves, frames = measure(args, state, jax.device_get(held_out), key)
     run = results.run_of(folder, settings, trained, wall_seconds=time.perf_counter() - started)
     return plain(run | {"metrics": metrics, "curve": curves}), frames

@@ -268,3 +268,31 @@ def test_the_averaged_weights_imagine(tiny, monkeypatch, decay):
     first, second = [means[1]], [means[3]]
     assert values == {"heldout": [[0.0], first], "imagination": [first, second], "pictures": [second]}
     assert np.unique(state.model.params["token_table"]) == 4
+
+
+def test_imagined_rewards_are_counted_like_real_ones(tiny):
+    """A world model that pays for the first step of an episode that has not achieved anything, whatever is done: its
+    blocks do nothing, the reward head reads one dimension, which is high only while no action has achieved something.
+    """
+    args = tiny(context=8, imagination_steps=8, wm_rewarded_actions=True, wm_layers=1)
+    params = jax.tree.map(jnp.zeros_like, twm.init_world_model(args, jax.random.PRNGKey(0)).params)
+    params["norm"]["scale"] = jnp.ones_like(params["norm"]["scale"])
+    never, ever = 1.0, -100.0
+    table = jnp.full(params["rewarded_table"].shape[:2], ever).at[:, 0].set(never)
+    params["rewarded_table"] = params["rewarded_table"].at[:, :, 0].set(table)
+    params["reward_hidden"]["kernel"] = params["reward_hidden"]["kernel"].at[0, 0].set(1.0)
+    params["reward_out"]["kernel"] = params["reward_out"]["kernel"].at[0, 1].set(100.0)
+    params["reward_out"]["bias"] = jnp.array([0.0, -50.0])
+    policy, batch = twm.init_policy(args, jax.random.PRNGKey(1)), 16  # ends come with probability 1/2
+    shape = batch, args.burn_in + 1
+    rewarded = jnp.zeros((*shape, twm.NUM_ACTIONS), jnp.uint8).at[::2, -1, 5].set(3)
+    nothing = jnp.zeros((*shape, 81), jnp.uint16), jnp.zeros(shape, jnp.uint8), jnp.zeros(shape), jnp.zeros(shape, bool)
+    windows = twm.Steps(*nothing, jnp.zeros((*shape, *twm.FRAME), jnp.uint8), rewarded)
+    codebook = twm.Codebook(jnp.zeros((args.codebook_size, 147), jnp.uint8), jnp.int32(1))
+    imagine = jax.jit(twm.imagine, static_argnums=(0, 1))
+    rollout = jax.device_get(imagine(args, 256, policy, params, codebook, windows, jax.random.PRNGKey(2)))
+    achieved = np.arange(batch) % 2 == 0
+    for t in range(args.imagination_steps):
+        np.testing.assert_array_equal(rollout.rewards[t], ~achieved, err_msg=f"step {t}")
+        achieved = (achieved | (rollout.rewards[t] > 0)) & ~rollout.dones[t]
+    assert 0.3 < rollout.dones.mean() < 0.7

@@ -100,3 +100,24 @@ def test_the_papers_replay_fits_into_two_gigabytes():
     replay = jax.eval_shape(lambda: twm.init_replay(twm.PRESETS["paper"]))  # shapes only
     assert replay.steps.actions.shape == (128_000 // 48, 48)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(replay)) < 2e9
+
+
+def test_rewarded_actions_are_counted_from_the_first_step_of_an_episode_across_rollouts(tiny):
+    """Against counting by hand, over a ring that wraps; a health term is no achievement."""
+    args, rng = (
+        tiny(num_envs=ENVS, num_steps=STEPS, replay_size=10 * ENVS, wm_rewarded_actions=True),
+        np.random.default_rng(0),
+    )
+    replay, counts = twm.init_replay(args), np.zeros((ENVS, twm.NUM_ACTIONS), int)
+    for _ in range(12):
+        steps = steps_at(0)
+        actions = rng.integers(4, 7, (STEPS, ENVS)).astype(np.uint8)
+        rewards = rng.choice([-0.1, 0.1, 1.0, 1.1, 2.0], (STEPS, ENVS)).astype(np.float32)
+        dones = rng.random((STEPS, ENVS)) < 0.1
+        steps = twm.add_rewarded(replay, steps.replace(actions=actions, rewards=rewards, dones=dones))
+        replay = twm.add_to_replay(replay, steps)
+        for t in range(STEPS):
+            np.testing.assert_array_equal(steps.rewarded[t], counts)
+            counts[np.arange(ENVS), actions[t]] += rewards[t] >= 1
+            counts[dones[t]] = 0
+    assert counts.max() > 1 and replay.steps.rewarded.shape == (10, ENVS, twm.NUM_ACTIONS)

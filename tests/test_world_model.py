@@ -113,6 +113,33 @@ def test_cached_decoding_equals_the_whole_forward_pass(small, forward, steps, lo
             np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
 
 
+def test_it_is_told_how_often_each_action_has_achieved_something(tiny):
+    """In whole sequences, one step at a time and in the loss; counts that differ in one action of one step change what
+    is said of that step, and of no earlier one.
+    """
+    args, rng = tiny(context=T, imagination_steps=T, wm_rewarded_actions=True), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf * 5, twm.init_world_model(args, jax.random.PRNGKey(0)).params)
+    windows = windows_of(rng.integers(0, 200, (2, T + 1, 81)), rng.integers(0, twm.NUM_ACTIONS, (2, T + 1)))
+    counts = jnp.asarray(rng.integers(0, 12, (2, T + 1, twm.NUM_ACTIONS)).astype(np.uint8))
+    tokens, actions = windows.tokens[:, :-1].astype(int), windows.actions[:, :-1]
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
+    whole = apply({"params": params}, tokens, actions, 256, 200, True, counts[:, :-1])
+    other = apply({"params": params}, tokens, actions, 256, 200, True, counts[:, :-1].at[0, 1, 3].add(1))
+    for one, changed in zip(whole, other, strict=True):
+        differs = np.abs(one - changed).reshape(2, T, -1).max(-1) > 1e-4
+        assert not differs[1].any() and not differs[0, 0] and differs[0, 1]
+    caches = twm.empty_caches(args, 2)
+    for t in range(T):
+        inputs = tokens[:, t], actions[:, t], 256, 200, caches, t, T, counts[:, t]
+        outputs, caches = twm.WorldModel(args).apply({"params": params}, *inputs, method="step")
+        for one, expected in zip(outputs, whole, strict=True):
+            np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
+    logs = twm.world_model_loss(params, args, 256, 200, windows.replace(rewarded=counts), None)[1]
+    logprobs = jax.nn.log_softmax(whole[1])
+    labels = (windows.rewards[:, :-1, None] >= 0.5).astype(int)
+    np.testing.assert_allclose(logs["reward_loss"], -np.take_along_axis(logprobs, labels, -1).mean(), rtol=1e-4)
+
+
 def test_rotary_positions_matter_only_as_differences():
     query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
