@@ -56,34 +56,36 @@ def mixed_batch(
     frames_of, ends_of, rewards_of = VARIANTS[variant]
     key_windows, key_rollout = jax.random.split(key)
     policy, batch = state.policy, args.imagination_envs
-    start = perfect_model.starts(args, policy, replay, key_windows)
+    start, rewarded = perfect_model.starts(args, policy, replay, key_windows)
 
     def encode(frames: Array) -> Array:
         patches = twm.to_cells(frames).reshape(-1, state.codebook.codes.shape[1]).astype(jnp.float32)
         return twm.nearest_code(state.codebook, patches)[1].reshape(batch, -1)
 
     def step(carry, inputs):
-        (world, frame, reset, hidden, tokens, caches), (t, key) = carry, inputs
+        (world, frame, reset, hidden, tokens, rewarded, caches), (t, key) = carry, inputs
         key_act, key_world, key_token, key_reward, key_done = jax.random.split(key, 5)
         actions, logprobs, values, next_hidden = twm.act(args, policy.params, frame, reset, hidden, key_act, False)
-        world, true_frame, rewards, dones, _ = twm.env_step(world, actions, jax.random.split(key_world, batch))
+        world, true_frame, true_rewards, dones, _ = twm.env_step(world, actions, jax.random.split(key_world, batch))
         model = functools.partial(twm.WorldModel(args).apply, {"params": state.wm_average}, method="step")
         size, length = state.codebook.size, args.imagination_steps
-        (logits, reward, done), caches = model(tokens, actions, vocab, size, caches, t, length)
+        (logits, reward, done), caches = model(tokens, actions, vocab, size, caches, t, length, rewarded)
         drawn = twm.draw_tokens(key_token, logits[:, 0], size)
         next_frame = true_frame if frames_of == "environment" else twm.decode(state.codebook, drawn)
         tokens = drawn if frames_of == "model" else encode(true_frame)
         if ends_of == "model":
             dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
-        if rewards_of == "sampled":
-            rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
-        if rewards_of == "expected":
-            rewards = nn.softmax(reward[:, 0])[:, 1]
+        sampled = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
+        expected = nn.softmax(reward[:, 0])[:, 1]
+        rewards = {"environment": true_rewards, "sampled": sampled, "expected": expected}[rewards_of]
+        if rewarded is not None:  # a history that the frames belong to
+            achieved = sampled if frames_of == "model" else true_rewards
+            rewarded = twm.count_rewarded(rewarded, actions, achieved, dones)
         outputs = (frame, reset, actions, logprobs, values, rewards, dones)
-        return (world, next_frame, dones, next_hidden, tokens, caches), outputs
+        return (world, next_frame, dones, next_hidden, tokens, rewarded, caches), outputs
 
     tokens, caches = encode(start.frame), twm.empty_caches(args, batch)
-    carry = (start.state, start.frame, start.reset, start.hidden, tokens, caches)
+    carry = (start.state, start.frame, start.reset, start.hidden, tokens, rewarded, caches)
     inputs = jnp.arange(args.imagination_steps), jax.random.split(key_rollout, args.imagination_steps)
     carry, outputs = jax.lax.scan(step, carry, inputs)
     last_value = twm.act(args, policy.params, *carry[1:4], key, False)[2]
@@ -95,7 +97,7 @@ def mixed_batch(
 
 def play(args: twm.Args, state: twm.TrainState, rollouts: int = 3) -> twm.Replay:
     """A replay that holds exactly `rollouts` new rollouts, with environment states in the place of tokens."""
-    env, rows = state.env, rollouts * args.num_steps
+    env, earlier, rows = state.env, state.replay, rollouts * args.num_steps
     replay = twm.init_replay(dataclasses.replace(args, replay_size=rows * args.num_envs))
     states = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), env.state)
     replay = replay.replace(steps=replay.steps.replace(tokens=states))
@@ -103,7 +105,9 @@ def play(args: twm.Args, state: twm.TrainState, rollouts: int = 3) -> twm.Replay
         before = env.state
         env, rollout, _ = twm.collect(args, state.policy.params, env, key, False)
         states, actions = perfect_model.states_of(args, before, rollout.actions, key), rollout.actions.astype(jnp.uint8)
-        replay = twm.add_to_replay(replay, twm.Steps(states, actions, rollout.rewards, rollout.dones, rollout.frames))
+        new = twm.Steps(states, actions, rollout.rewards, rollout.dones, rollout.frames)
+        new = twm.add_rewarded(earlier, new) if args.wm_rewarded_actions else new
+        replay = earlier = twm.add_to_replay(replay, new)
     return replay
 
 
@@ -161,7 +165,6 @@ def main(argv: list[str]) -> None:
     folder, started = Path(flags.folder), time.perf_counter()
     try:
         args = twm.parse_args(["--eval-only", flags.folder])
-        twm.require(args, "wm_rewarded_actions", not args.wm_rewarded_actions, "is not supported here")
         state = twm.load_checkpoint("--eval-only", folder, twm.init_state(args))
     except twm.UserError as error:
         sys.exit(f"imagined_gradient.py: {error}")

@@ -36,8 +36,10 @@ def states_of(args: twm.Args, state: Any, actions: Array, key: Array) -> Any:
     return jax.lax.scan(step, state, (actions, jax.random.split(key, args.num_steps)))[1]
 
 
-def starts(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Array) -> twm.EnvCarry:
-    """Replayed states, their frames, and the GRU warmed up on the frames before them, as in imagine() of the script."""
+def starts(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Array) -> tuple[twm.EnvCarry, Array | None]:
+    """Replayed states, their frames, and the GRU warmed up on the frames before them, as in imagine() of the script;
+    and their Steps.rewarded, if the replay has it.
+    """
     recent = args.imagination_recent // args.num_envs
     windows = twm.sample_windows(replay, key, args.imagination_envs, args.burn_in + 1, recent)
     batch, frames = len(windows.actions), windows.frames.swapaxes(0, 1)
@@ -45,8 +47,9 @@ def starts(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Array) 
     hidden = jnp.zeros((batch, args.gru_size))
     if args.burn_in:
         hidden = twm.Policy(args).apply({"params": policy.params}, frames[:-1], resets[:-1], hidden)[2]
-    state = jax.tree.map(lambda leaf: leaf[:, -1], windows.tokens)  # the replay has states in the place of tokens
-    return twm.EnvCarry(state, frames[-1], resets[-1], hidden, jnp.zeros(batch))
+    # The replay has states in the place of tokens.
+    state, rewarded = jax.tree.map(lambda leaf: leaf[:, -1], (windows.tokens, windows.rewarded))
+    return twm.EnvCarry(state, frames[-1], resets[-1], hidden, jnp.zeros(batch)), rewarded
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -54,7 +57,8 @@ def true_batch(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Arr
     """imagined_batch() of the script, but what happens is what the environment does from the replayed state on."""
     key_windows, key_rollout = jax.random.split(key)
     sizes = dataclasses.replace(args, num_envs=args.imagination_envs, num_steps=args.imagination_steps)
-    rollout = twm.collect(sizes, policy.params, starts(args, policy, replay, key_windows), key_rollout, False)[1]
+    start, _ = starts(args, policy, replay, key_windows)
+    rollout = twm.collect(sizes, policy.params, start, key_rollout, False)[1]
     rates = {"reward_rate": (rollout.rewards >= 0.5).mean(), "done_rate": rollout.dones.mean()}
     return (rollout, *twm.advantages_and_targets(args, policy.value_norm, rollout)), rates
 
@@ -100,4 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except twm.UserError as error:
+        sys.exit(f"perfect_model.py: {error}")

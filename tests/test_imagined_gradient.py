@@ -1,6 +1,7 @@
 """benchmark/imagined_gradient.py: its statistics, and that each variant has from the world model what it says."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,17 @@ def test_signal_and_noise_are_those_of_pairs():
     np.testing.assert_allclose(noise, gradients.var(0, ddof=1).sum(), rtol=1e-4)  # the unbiased variance
 
 
-@pytest.fixture(scope="module")
-def rollouts(tiny):
+@pytest.fixture(scope="module", params=[False, True], ids=["", "told what was achieved"])
+def rollouts(tiny, request):
     """A state with a grown codebook, a replay of its states, and the rollouts of three variants from one key."""
-    args = tiny(imagination_steps=4, imagination_envs=4, burn_in=2, context=4)
+    args = tiny(imagination_steps=4, imagination_envs=4, burn_in=2, context=4, wm_rewarded_actions=request.param)
     state = twm.init_state(args)
     _, rollout, _ = twm.collect(args, state.policy.params, state.env, jax.random.PRNGKey(1), False)
     state = state.replace(codebook=twm.grow_codebook(args, state.codebook, rollout.frames)[0])
+    if args.wm_rewarded_actions:  # every action has achieved something once before the rollouts; counts matter a lot
+        once = jnp.ones_like(state.replay.steps.rewarded)
+        state = state.replace(replay=state.replay.replace(steps=state.replay.steps.replace(rewarded=once)))
+        state.wm_average["rewarded_table"] = 50 * state.wm_average["rewarded_table"]
     replay, vocab = imagined_gradient.play(args, state), twm.live_vocabulary(args, state.codebook)
     variants = ("environment", "expected rewards", "all")
     key = jax.random.PRNGKey(2)
@@ -51,12 +56,28 @@ def test_variants_differ_in_what_they_say(rollouts):
     assert tokens_of(state.codebook, model.frames[1:])[0].max() == 0  # imagined frames consist of codes
 
     # Expected rewards are the probabilities of the true frames' sequence; drawn ones are 0 or 1.
-    tokens = tokens_of(state.codebook, real.frames)[1].swapaxes(0, 1)
-    model_of = twm.WorldModel(args).apply(
-        {"params": state.wm_average}, tokens, real.actions.T, vocab, state.codebook.size
-    )
-    np.testing.assert_allclose(expected.rewards.T, jax.nn.softmax(model_of[1])[..., 1], atol=1e-5)
+    tokens, rewarded, size = tokens_of(state.codebook, real.frames)[1].swapaxes(0, 1), None, state.codebook.size
+    if args.wm_rewarded_actions:
+        key, length = jax.random.split(jax.random.PRNGKey(2))[0], args.burn_in + 1
+        counts = [twm.sample_windows(replay, key, args.imagination_envs, length, args.replay_size).rewarded[:, -1]]
+        for t in range(args.imagination_steps - 1):
+            counts.append(twm.count_rewarded(counts[-1], real.actions[t], real.rewards[t], real.dones[t]))
+        rewarded = jnp.stack(counts, axis=1)
+        assert rewarded.max() > 0
+    apply = functools.partial(twm.WorldModel(args).apply, {"params": state.wm_average}, rewarded=rewarded)
+    logits = apply(tokens, real.actions.T, vocab, size)[1]
+    np.testing.assert_allclose(expected.rewards.T, jax.nn.softmax(logits)[..., 1], atol=1e-5)
     assert set(np.unique(model.rewards)) <= {0.0, 1.0} and ((real.rewards * 10) % 1 < 1e-5).all()
+
+
+def test_what_was_achieved_before_is_carried_on(rollouts):
+    args, state, replay, *_ = rollouts
+    counts = replay.steps.rewarded
+    assert (counts is None) != args.wm_rewarded_actions
+    if counts is not None:
+        assert (counts[0] == 1).all()  # not 0: the worlds go on from the state's
+        again = twm.add_rewarded(state.replay, jax.tree.map(lambda ring: ring[: args.num_steps], replay.steps))
+        assert (again.rewarded == counts[: args.num_steps]).all()
 
 
 def test_the_gradient_is_that_of_the_policy_loss_in_adams_units(rollouts):
