@@ -148,9 +148,9 @@ class Prediction:
 def predict(args: twm.Args, vocab: int, params: Any, size: Array, steps: twm.Steps) -> Prediction:
     """Without dropout, step t from all steps of its window up to t."""
     tokens = steps.tokens.astype(jnp.int32)
-    inputs = tokens[:, :-1], steps.actions[:, :-1]
-    rewarded = None if steps.rewarded is None else steps.rewarded[:, :-1]
-    logits, reward, done = twm.WorldModel(args).apply({"params": params}, *inputs, vocab, size, rewarded=rewarded)
+    actions, *seen = jax.tree.map(lambda leaf: leaf[:, :-1], (steps.actions, steps.rewarded, steps.frames))
+    inputs = tokens[:, :-1], actions, vocab, size, True
+    logits, reward, done = twm.WorldModel(args).apply({"params": params}, *inputs, *seen)
     logprob = jnp.take_along_axis(nn.log_softmax(logits), tokens[:, 1:, :, None], axis=-1)[..., 0]
     likeliest = logits.argmax(-1).astype(jnp.uint16)
     return Prediction(likeliest, logprob, nn.softmax(reward)[..., 1], nn.softmax(done)[..., 1])
@@ -300,7 +300,7 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
 
     run = functools.partial(in_batches, size=args.wm_batch_size)
     windows = cut_windows(held_out, args.context + 1, args.context)
-    predicted = run(said, windows.steps.replace(frames=None), key)
+    predicted = run(said, windows.steps, key)
     metrics = {"steps": held_out.repeats.size, "episodes": held_out.steps.dones.sum(), "codes": state.codebook.size}
     metrics |= {"unknown_patches": held_out.unknown.mean(), "reward": reward_metrics(windows, predicted.reward)}
     metrics["done"] = event_metrics(predicted.done, windows.steps.dones[:, :-1])
@@ -310,7 +310,7 @@ def measure(args: twm.Args, state: twm.TrainState, held_out: HeldOut, key: Array
     within = ~windows.steps.dones[:, :-1].any(1)  # Bool[N]: of one episode
     twm.require(args, "num_steps", within.any(), "leaves no window within one episode: give more")
     windows, predicted = jax.tree.map(lambda leaf: leaf[within], (windows, predicted))
-    steps = windows.steps.replace(frames=None)
+    steps = windows.steps
     actions = steps.actions[np.asarray(jax.random.permutation(key_shuffle, len(steps.actions)))]
     metrics |= token_metrics(windows, predicted, run(said, steps.replace(actions=actions), key), actions)
     imagined = run(replayed, steps, key_replay)
