@@ -1092,7 +1092,7 @@ def world_model_step(
     key_windows, key_dropout = jax.random.split(key)
     windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, args.replay_size)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
-    if args.wm_reward_batch_size:
+    if args.wm_reward_batch_size:  # instead of the windows' few steps, which depend on each other
         key_windows, key_dropout = jax.random.split(jax.random.fold_in(key, 1))
         steps = sample_windows(replay, key_windows, args.wm_reward_batch_size, 1, args.replay_size)
         grads["reward_model"] = jax.grad(reward_model_loss)(model.params, args, steps, key_dropout)["reward_model"]
