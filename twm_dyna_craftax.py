@@ -116,7 +116,7 @@ class Args:
     wm_average_decay: float = 0.0  # decay per gradient step of the mean of its weights that imagines (the paper: 0)
     wm_action_in_cells: bool = False  # add the action to each cell of its step, beside its own token (the paper: no)
     wm_rewarded_actions: bool = False  # tell it the actions that have achieved something in the episode (the paper: no)
-    wm_reward_batch_size: int = 0  # above 0: a CNN of the frame, trained on so many steps, gives rewards and ends
+    wm_reward_batch_size: int = 0  # so many steps train a CNN that gives rewards and ends (the paper: 0, none)
     wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
     replay_size: int = 128_000  # transitions kept, first in first out, all environments together
