@@ -14,18 +14,20 @@ from conftest import ROOT, metrics_of, only, run_script, start_script, state_of,
 
 # Two iterations, the second with imagination; one minibatch, whose four environments split over four devices.
 FLAGS = ("--preset", "smoke", "--total-steps", 48, "--num-minibatches", 1, "--media-every", 0, "--eval-episodes", 0)
+BEYOND = ("--wm-action-in-cells", "--wm-rewarded-actions", "--wm-reward-batch-size", 8, "--wm-average-decay", 0.9)
 
 
-def run_on(devices, folder):
+def run_on(devices, folder, flags):
     environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    run = run_script(folder, *FLAGS, environment=environment)
+    run = run_script(folder, *FLAGS, *flags, environment=environment)
     assert run.code == 0, run.err
     return run.folder
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return run_on(1, tmp_path_factory.mktemp("one"))
+def one_device(request, tmp_path_factory):
+    """Flags, and the folder of their run on one device."""
+    return request.param, run_on(1, tmp_path_factory.mktemp("one"), request.param)
 
 
 def assert_equal_metrics(one_folder, other_folder):
@@ -39,24 +41,25 @@ def assert_equal_metrics(one_folder, other_folder):
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_several_devices_equal_one(devices, one_device, tmp_path):
+@pytest.mark.parametrize("one_device", [(), BEYOND], ids=["paper", "beyond"], indirect=True, scope="module")
+def test_several_devices_equal_one(one_device, devices, tmp_path):
     """Sums are taken in another order, so the last bits differ; Adam's first steps divide small gradients by their own
     size, which enlarges that a little.
     """
-    several = run_on(devices, tmp_path)
-    assert_equal_metrics(one_device, several)
+    flags, single = one_device
+    several = run_on(devices, tmp_path, flags)
+    assert_equal_metrics(single, several)
     assert any(name.startswith("losses/imagined_") for name in metrics_of(several)[1])
 
-    one, other = state_of(one_device), state_of(several)  # which one device can read, too
+    one, other = state_of(single), state_of(several)  # which one device can read, too
     np.testing.assert_array_equal(one.codebook.codes, other.codebook.codes)
     assert one.codebook.size == other.codebook.size > 0
     for name in ("tokens", "actions", "dones", "frames"):
         np.testing.assert_array_equal(getattr(one.replay.steps, name), getattr(other.replay.steps, name), err_msg=name)
     np.testing.assert_allclose(one.replay.steps.rewards, other.replay.steps.rewards, atol=1e-6)
-    for name in ("policy", "model"):
-        pair = (jax.tree.leaves(getattr(state, name).params) for state in (one, other))
-        for a, b in zip(*pair, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+    weights = ((state.policy.params, state.model.params, state.wm_average) for state in (one, other))
+    for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def run_program(program, devices):
