@@ -151,6 +151,18 @@ def test_flags_that_a_page_names_exist(path):
     assert not named - flags, f"{path.name} names flags that do not exist: {sorted(named - flags)}"
 
 
+def test_the_table_of_settings_is_that_of_the_presets():
+    page, module = (ROOT / "docs" / "twm_dyna_craftax.md").read_text(), importlib.import_module("twm_dyna_craftax")
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \| (.*?) \| .*? \|$", page, re.M)
+    assert {"total-steps", "gamma", "wm-updates", "burn-in"} < {flag for flag, *_ in rows}
+    for flag, *told in rows:
+        for preset, text in zip(("paper", "cpu"), told, strict=True):
+            value = getattr(module.PRESETS[preset], flag.replace("-", "_"))
+            words = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+            words = " ".join(map(str, words)) if isinstance(words, tuple) else str(words)
+            assert text.replace(",", "") == words.removesuffix(".0"), f"--{flag} of {preset}"
+
+
 def test_pages_list_the_panels_that_the_plot_draws():
     for script in SCRIPTS:
         page = (ROOT / "docs" / f"{script.stem}.md").read_text()
