@@ -609,7 +609,7 @@ def e_step(
 
 def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
     """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
-    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
+    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, and w(s) weighs that: w = s^2 leaves r.
     """
     noise = {"full": 0.0, "last": chain.nu - chain.last}.get(args.cancel, chain.nu)
     target = chain.clean + chain.sigma * noise
@@ -902,8 +902,8 @@ def loop(
     yields `done` after each. `offset` counts the updates of earlier stages.
     """
     means, since, seconds = Means(acc), first, 0.0
-    if first == updates > 0:
-        yield first  # a run resumed at its very end: what follows the last update may be missing
+    if first > 0:
+        yield first  # a resumed run: what follows this update may be missing
     for done in range(first + 1, updates + 1):
         mark = time.perf_counter()
         update(done, means)
@@ -930,6 +930,12 @@ def loop(
         yield done
 
 
+def is_scored(run: Run, step: int) -> bool:
+    """Whether metrics.jsonl has an evaluation of this step. The process that writes it looks."""
+    lines = run.lines.read_text().splitlines() if run.writes else ()
+    return broadcast_object_list([any(line.startswith(f'{{"step": {step}, "eval/') for line in lines)])[0]
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
     Features Float[N, D].
@@ -943,7 +949,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
-def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
+def compare(real: Tensor, fake: Tensor, ruler: str, device: torch.device) -> dict[str, float]:
     """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
     name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
@@ -953,7 +959,7 @@ def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
     for metric in (distance, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
-    precision, recall = precision_recall(real, fake)
+    precision, recall = precision_recall(real.to(device), fake.to(device))  # N^2 distances
     return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
 
 
@@ -1042,7 +1048,7 @@ class Evaluator:
         if not args.features:
             scores["label_accuracy"] = float((logits.argmax(1) == self.labels).double().mean())
         for reference, real in self.references.items():
-            compared = compare(real, features, self.ruler)
+            compared = compare(real, features, self.ruler, self.acc.device)
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
         # Mean over pixels: a collapse shows here first.
         spread = [to_float(pixels[self.labels == c]).std(0).mean() for c in range(args.num_classes)]
@@ -1133,10 +1139,10 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
 
     # 1. The student score network learns to denoise the generator's samples.
     for turn in range(args.score_updates):
-        how = args.batch_size, score_loss, state["adam_score"], args.score_lr
-        accumulate(args, means, "denoising", (1, step, turn), *how)
-    how = args.batch_size, generator_loss, state["adam_generator"], generator_lr(args, step), args.max_grad_norm
-    accumulate(args, means, "generator", (2, step), *how)
+        adam = state["adam_score"]
+        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, adam, args.score_lr)
+    adam, lr = state["adam_generator"], generator_lr(args, step)
+    accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))
 
@@ -1206,7 +1212,7 @@ def train(args: Args, acc: Accelerator) -> None:
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.teacher_steps, {}
-    (teacher, state), saved = load_everything(args, run, acc, saved, teacher), {}  # and no file stays open
+    (teacher, state), saved = load_everything(args, run, acc, saved, teacher), {}  # what was loaded is let go
     offset = args.teacher_steps * args.train_teacher
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
@@ -1219,7 +1225,8 @@ def train(args: Args, acc: Accelerator) -> None:
             run.on_signal(signal.SIG_DFL)  # all is saved
         if run.writes and args.media_every and (last or done % args.media_every == 0):
             write_media(args, run, offset + done, teacher, state, acc)
-        if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
+        due = last or (args.eval_every and done % args.eval_every == 0)
+        if args.eval_samples and due and not is_scored(run, offset + done):
             evaluator = evaluator or Evaluator(args, acc, teacher)
             run.log(offset + done, evaluator(state["average"], run, offset + done))
 
@@ -1242,7 +1249,8 @@ def dry_run(args: Args) -> None:
     """Settings, parameter counts and an update's cost, from shapes alone: of a local --teacher's UNet or the flags'."""
     names = (Path(args.teacher, name) for name in ("unet/config.json", "config.json"))
     config = next((path for path in names if args.teacher and path.exists()), None)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    readable = refuse(f"--teacher {args.teacher} cannot be read", "give a folder of a class-conditional UNet2DModel")
+    with readable, torch.device("meta"), FlopCounterMode(display=False) as counter:
         unet = UNet2DModel.from_config(json.loads(config.read_text())) if config else make_unet(args)
         image = torch.zeros(1, unet.config.in_channels, *args.image_shape[1:])
         unet(image, torch.zeros(1), torch.zeros(1, dtype=torch.long))
@@ -1255,7 +1263,9 @@ def dry_run(args: Args) -> None:
     copies = "three" if args.teacher == "gmm" else "four"
     print(f"UNet: {parameters:,} parameters, in {copies} copies; a forward pass of an image is {flops / 1e9:.2f} GFLOP")
     print(f"an update: {forwards} forward passes of {args.batch_size} images (a backward pass counts as two)")
-    print(f"in all {total / 1e15:.2f} PFLOP: {total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s")
+    speeds = {f"a GPU's {args.dtype}": 3e14 if args.dtype == "bf16" else 4e13, "two CPU cores": 5e10}  # assumed
+    hours = ", ".join(f"{total / x / 3600:.1f} h at {x / 1e12:g} TFLOP/s ({name})" for name, x in speeds.items())
+    print(f"in all {total / 1e15:.2f} PFLOP: {hours}")
 
 
 # --- shared block: main ---
@@ -1267,8 +1277,7 @@ def main() -> None:
         require(args, "distributed", together or not args.distributed, "needs `accelerate launch` to start the script")
         if args.dry_run:
             return dry_run(args)
-        torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
-        torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
+        torch.backends.cudnn.allow_tf32 = False  # so that fp32 means fp32, as it does by default in matrix products
         acc = Accelerator()
         (evaluate if args.eval_only else train)(args, acc)
         acc.end_training()  # a process group whose threads outlive the interpreter may abort it

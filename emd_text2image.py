@@ -98,7 +98,7 @@ class Args:
     prompts: str = ""  # captions: .txt, .jsonl, a webdataset .tar or a folder of those (empty: of --pictures)
     image_size: int = 512  # height and width of a picture
     guidance: float = 2.0  # classifier-free guidance of the teacher, w (1: none); student and its score have none
-    text_cache_gb: float = 8.0  # captions are encoded once if that fits into so much memory a process, else when drawn
+    text_cache_gb: float = 8.0  # a set of captions is encoded once if that fits into so much memory, else when drawn
     pictures: str = ""  # captioned pictures for --train-teacher, a webdataset .tar (empty: drawn shapes)
     train_teacher: bool = False  # train a pipeline on those first, kept in the run folder as teacher/
     vae_steps: int = 20_000  # updates of its autoencoder
@@ -438,7 +438,7 @@ def noise_levels(scheduler: Any) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """D(y; t, c) = c_skip y + c_out F(c_in y, t, c) of a UNet F that predicts eps or v ([EMD] in VP form). The levels
+    """D(y; t, c) = c_skip y + c_out F(c_in y, t, c) of a UNet F that predicts eps or v, in VP form. The levels
     s_t are read from the scheduler's alphas. y Float[B, C, H, W], t Int[B], text Float[B, L, D]. With `guidance` w
     other than 1, F is F_u + w (F_c - F_u) ([CFG]), where u has the features `empty` Float[1, L, D] of the empty
     caption. D is linear in F, so this guides D alike.
@@ -638,7 +638,7 @@ def e_step(
 
 def residual(chain: Chain, x: Tensor, args: Args) -> Tensor:
     """r: the M-step moves x = g(z_K) towards x + r ([EMD], noise cancellation). The negative log-likelihood
-    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, so its weight is w(s) / s^2.
+    |y - x|^2 / 2 s^2 has gradient -J^T r / s^2, and w(s) weighs that: w = s^2 leaves r.
     """
     noise = {"full": 0.0, "last": chain.nu - chain.last}.get(args.cancel, chain.nu)
     target = chain.clean + chain.sigma * noise
@@ -923,8 +923,8 @@ def loop(
     yields `done` after each. `offset` counts the updates of earlier stages.
     """
     means, since, seconds = Means(acc), first, 0.0
-    if first == updates > 0:
-        yield first  # a run resumed at its very end: what follows the last update may be missing
+    if first > 0:
+        yield first  # a resumed run: what follows this update may be missing
     for done in range(first + 1, updates + 1):
         mark = time.perf_counter()
         update(done, means)
@@ -951,6 +951,12 @@ def loop(
         yield done
 
 
+def is_scored(run: Run, step: int) -> bool:
+    """Whether metrics.jsonl has an evaluation of this step. The process that writes it looks."""
+    lines = run.lines.read_text().splitlines() if run.writes else ()
+    return broadcast_object_list([any(line.startswith(f'{{"step": {step}, "eval/') for line in lines)])[0]
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
     Features Float[N, D].
@@ -964,7 +970,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
-def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
+def compare(real: Tensor, fake: Tensor, ruler: str, device: torch.device) -> dict[str, float]:
     """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
     name = "fid" if ruler.startswith("inception") else "frechet"
     as_given, subset = nn.Identity(), min(1000, len(real) // 2, len(fake) // 2)
@@ -974,7 +980,7 @@ def compare(real: Tensor, fake: Tensor, ruler: str) -> dict[str, float]:
     for metric in (distance, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
-    precision, recall = precision_recall(real, fake)
+    precision, recall = precision_recall(real.to(device), fake.to(device))  # N^2 distances
     return {name: float(distance.compute()), "kid": float(kid.compute()[0]), "precision": precision, "recall": recall}
 
 
@@ -1128,7 +1134,7 @@ class Evaluator:
         torch.manual_seed(0)  # torchmetrics draws subsets from the global generator
         features, each = self.extract(pixels), args.eval_per_prompt
         for reference, real in self.references.items():
-            compared = compare(real, features, self.ruler)
+            compared = compare(real, features, self.ruler, self.acc.device)
             scores |= {f"{key}_to_{reference}": value for key, value in compared.items()}
         scores |= diversity("diversity", features, each, torch.ones(len(features), dtype=torch.bool))
         if self.drawn:
@@ -1299,8 +1305,8 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
     for turn in range(args.score_updates):
         lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
         accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, state["adam_score"], lr)
-    how = state["adam_generator"], adam_lr(args, generator_lr(args, step), step), args.max_grad_norm
-    accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, *how)
+    adam, lr = state["adam_generator"], adam_lr(args, generator_lr(args, step), step)
+    accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))
 
@@ -1360,7 +1366,7 @@ def train(args: Args, acc: Accelerator) -> None:
         if not train_teacher(args, run, acc, step, saved):
             return
         step, saved = args.vae_steps + args.teacher_steps, {}
-    (setup, state), saved = load_everything(args, run, acc, texts, saved, pipe), {}  # and no file stays open
+    (setup, state), saved = load_everything(args, run, acc, texts, saved, pipe), {}  # what was loaded is let go
     offset = (args.vae_steps + args.teacher_steps) * args.train_teacher
     require(args, "total_steps", step - offset <= args.total_steps, f"is below the {step - offset} made: give more")
     acc.print(f"{run.folder}: {args.total_steps:,} updates of the generator", flush=True)
@@ -1370,7 +1376,8 @@ def train(args: Args, acc: Accelerator) -> None:
             run.on_signal(signal.SIG_DFL)  # all is saved
         if run.writes and args.media_every and (last or done % args.media_every == 0):
             write_media(args, run, offset + done, setup, state, acc)
-        if args.eval_samples and (last or (args.eval_every and done % args.eval_every == 0)):
+        due = last or (args.eval_every and done % args.eval_every == 0)
+        if args.eval_samples and due and not is_scored(run, offset + done):
             evaluator = evaluator or Evaluator(args, acc, setup)
             run.log(offset + done, evaluator(state["average"], run, offset + done))
         if last and run.writes:
@@ -1431,10 +1438,15 @@ def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[st
 
 def dry_run(args: Args) -> None:
     """Settings, sizes, and the work and memory of an update, from shapes alone: a local --teacher's or the flags'."""
-    parts = {p.parent.name: json.loads(p.read_text()) for p in Path(args.teacher).glob("*/config.json") if args.teacher}
-    widths = parts["vae"]["block_out_channels"] if "vae" in parts else args.vae_channels
-    side, tokens = args.image_size // 2 ** (len(widths) - 1), 16 if args.train_teacher else 77
-    with torch.device("meta"), torch.no_grad():
+    configs = Path(args.teacher).glob("*/config.json") if args.teacher else ()
+    with (
+        refuse(f"--teacher {args.teacher} cannot be read", "give a Stable Diffusion folder"),
+        torch.device("meta"),
+        torch.no_grad(),
+    ):
+        parts = {path.parent.name: json.loads(path.read_text()) for path in configs}
+        widths = parts["vae"]["block_out_channels"] if "vae" in parts else args.vae_channels
+        side, tokens = args.image_size // 2 ** (len(widths) - 1), 16 if args.train_teacher else 77
         unet = UNet.from_config(parts["unet"]) if "unet" in parts else make_unet(args)
         width, shape = unet.config.cross_attention_dim, (unet.config.in_channels, side, side)
         with FlopCounterMode(display=False) as counter:
@@ -1450,8 +1462,9 @@ def dry_run(args: Args) -> None:
     print(json.dumps(dataclasses.asdict(args), indent=2))
     print(f"UNet: {parameters:,} parameters; a forward pass of a picture is {flops / 1e9:.2f} GFLOP")
     print(f"an update: {forwards} forward passes of {args.batch_size} pictures (a backward pass counts as two)")
-    hours = f"{total / 3.6e18:.1f} h at 1 PFLOP/s, {total / 1.8e14:.1f} h at 50 GFLOP/s"
-    print(f"in all, with no autoencoder counted: {total / 1e15:.2f} PFLOP, {hours}")
+    speeds = {f"a GPU's {args.dtype}": 3e14 if args.dtype == "bf16" else 4e13, "two CPU cores": 5e10}  # assumed
+    hours = ", ".join(f"{total / x / 3600:.1f} h at {x / 1e12:g} TFLOP/s ({name})" for name, x in speeds.items())
+    print(f"in all, with no autoencoder counted: {total / 1e15:.2f} PFLOP: {hours}")
     print("\n".join(f"memory: {amount:7.3f} GB  {what}" for what, amount in plan.items()))
     print(f"memory: {sum(plan.values()):7.3f} GB  in all; the VAE, a text encoder in use and CUDA itself come on top")
 
@@ -1465,8 +1478,7 @@ def main() -> None:
         require(args, "distributed", together or not args.distributed, "needs `accelerate launch` to start the script")
         if args.dry_run:
             return dry_run(args)
-        torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
-        torch.backends.cudnn.allow_tf32 = args.dtype == "bf16"  # so that fp32 means fp32
+        torch.backends.cudnn.allow_tf32 = False  # so that fp32 means fp32, as it does by default in matrix products
         acc = Accelerator()
         (evaluate if args.eval_only else train)(args, acc)
         acc.end_training()  # a process group whose threads outlive the interpreter may abort it

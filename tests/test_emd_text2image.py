@@ -716,6 +716,14 @@ def test_the_papers_plan(capsys):
     assert "38 forward passes of 64" in printed
 
 
+@pytest.mark.parametrize("text", ["no json", '{"block_out_channels": [8]}'], ids=["damaged", "too few widths"])
+def test_a_foreign_teacher_is_refused_by_the_plan(text, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(text)
+    with pytest.raises(t2i.UserError, match=r"--teacher .* cannot be read \("):
+        t2i.dry_run(settings(train_teacher=False, teacher=str(tmp_path)))
+
+
 def test_the_plan_for_a_local_teacher_takes_the_latent_of_its_autoencoder(teacher_folder, capsys):
     plans = set()
     for widths in ((8, 8, 16), (8, 8, 8, 8)):
