@@ -138,6 +138,8 @@ def main(argv: list[str]) -> None:
         carry, steps = play(args, state.policy.params, carry, key)
         parts.append(jax.device_get(steps))
     metrics = table({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    if not metrics["episodes"]:
+        sys.exit("chances.py: no whole episode in these steps: give more --rollouts")
     print(f"{metrics['episodes']} episodes")
     for name, row in metrics["achievements"].items():
         print(f"{name:20}", "  ".join(f"{key} {'-' if x is None else f'{x:.2f}'}" for key, x in row.items()))

@@ -7,7 +7,7 @@
 It was trained on ImageNet and on nothing that these scripts make. A Frechet distance in its 1,280 pooled features would
 measure little but the number of samples, so they are projected on the first principal components of real images:
 `fashion`, `digits`, a folder of pictures, or a .tar of captioned ones (benchmark/emoji.py). Distances on different
-components cannot be compared. Pictures are resized to --size pixels.
+components cannot be compared. Pictures are resized to --size pixels, those of a folder or a .tar from 32 pixels.
 """
 
 import argparse

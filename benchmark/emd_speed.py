@@ -40,6 +40,7 @@ def seconds(function) -> float:
 def main() -> None:
     args = dataclasses.replace(emd.parse_args(), train_teacher=True, teacher="")
     emd.check_args(args)
+    torch.backends.cudnn.allow_tf32 = False  # as in the script's main()
     means = emd.Means(Accelerator())
     device, size = means.acc.device, min(args.batch_size, args.micro_batch_size)
     teacher = emd.Denoiser(args, emd.make_unet(args)).to(device).eval().requires_grad_(False)

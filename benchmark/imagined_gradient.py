@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="RUN_FOLDER")
     parser.add_argument("name", help="of the result file")
-    parser.add_argument("--batches", type=int, default=40, help="of rollouts, for each variant")
+    parser.add_argument("--batches", type=int, default=40, help="of rollouts, two at least, for each variant")
     flags = parser.parse_args(argv)
     folder, started = Path(flags.folder), time.perf_counter()
     try:

@@ -6,11 +6,14 @@ Imagined rollouts start where they start there, from the same warmup on, as many
 and the same policy update; but their frames, rewards and ends are those of the real environment, whose states the
 replay holds. These extra environment steps are not counted. So what this agent gains over PPO is what a perfect world
 model could give, and what an agent with a learned one falls short of it is that model's fault. Flags of the tokenizer
-and of the world model have no effect; nothing but args.json, metrics.jsonl and the evaluation is written.
+and of the world model have no effect, but that --context limits --imagination-steps; --wm-rewarded-actions and those of
+a run that exists are refused. There are no checkpoints: args.json, metrics.jsonl, a copy of the script and the
+evaluation are written, in a folder whose preset begins with "perfect-".
 """
 
 import dataclasses
 import functools
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,10 +68,13 @@ def true_batch(args: twm.Args, policy: twm.Learner, replay: twm.Replay, key: Arr
 
 def main() -> None:
     args = twm.parse_args()
-    twm.require(args, "wm_rewarded_actions", not args.wm_rewarded_actions, "means nothing here: leave it out")
+    for name in ("wm_rewarded_actions", "resume", "eval_only", "dry_run"):
+        twm.require(args, name, not getattr(args, name), "means nothing here: leave it out")
     twm.start_jax(args)
     twm.check_args(args)
+    args = dataclasses.replace(args, preset=f"perfect-{args.preset}")
     run, env_steps = twm.Run(args), args.num_envs * args.num_steps
+    run.on_signal(signal.SIG_DFL)  # nothing could be resumed
     start, base_key = twm.init_state(args), jax.random.fold_in(jax.random.PRNGKey(args.seed), 1_000_000)
     policy, env, sums = start.policy, start.env, start.episode_sums  # the policy and the worlds of the script's own run
     rows = args.replay_size // args.num_envs

@@ -12,6 +12,7 @@ Dotted: published levels at 1M steps of Craftax-Classic.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -118,7 +119,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("lines", metavar="[LABEL=]PATH[,PATH...]", nargs="+")
     flags = parser.parse_args(argv)
     lines, panels = groups(flags.lines), {}
-    for panel in flags.panels.replace("achievements", ",".join(ACHIEVEMENTS)).split(","):
+    asked = [ACHIEVEMENTS if panel == "achievements" else [panel] for panel in flags.panels.split(",")]
+    for panel in itertools.chain(*asked):
         for title, text in (PANELS if panel == "panels" else {panel.split("/")[-1]: panel}).items():
             keys = [key.split("/")[-1] for key in text.split("+")]
             without = [label for label, runs in lines.items() if not any(set(keys) & set(run) for run in runs)]
@@ -138,7 +140,8 @@ def main(argv: list[str]) -> None:
         draw(axis, keys, lines)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("steps" if rows == 1 else "")
-    axes.flat[0].legend(fontsize=7)
+    named = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes.flat[0].legend(named.values(), named, fontsize=7)
     figure.tight_layout()
     figure.savefig(flags.out, dpi=110)
 

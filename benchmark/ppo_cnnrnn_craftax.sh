@@ -11,6 +11,9 @@ measure() { # NAME FLAGS...
   local name=$1 runs=${RUNS:-runs}/$1 command="python ppo_cnnrnn_craftax.py --preset cpu ${*:2}"
   for seed in ${SEEDS:-1 2}; do
     compgen -G "$runs/*__s${seed}__*" > /dev/null || $command --seed "$seed" --runs-dir "$runs"
+    if ! compgen -G "$runs/*__s${seed}__*/eval.json" > /dev/null; then # it was asked to stop
+      echo "seed $seed is not finished: go on with --resume, then start this again" >&2 && exit 1
+    fi
   done
   python benchmark/results.py "$name" "$command --seed SEED" "$runs"/ppo_cnnrnn_craftax__cpu__*
 }

@@ -4,10 +4,12 @@
 
 Writes benchmark/results/NAME.json: command, commit, hardware, and for every run its seed, steps, wall time, last logged
 values, evaluation and curves. Everything is read from the run folders' metrics.jsonl, args.json and eval.json. The
-summary has minimum, mean and maximum over the runs of a label (without one: script and preset).
+summary has minimum, mean and maximum over the runs of a label (without one: script and preset) of what a few headline
+metrics were when they were last logged; of the Craftax scripts that is the window of about 100,000 steps.
 """
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -29,24 +31,26 @@ def hardware() -> dict:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return {
         "cpu": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory, 1),
-        "gpu": None,
+        "gpu": gpu.splitlines() or None,
     }
 
 
-def git(*arguments: str) -> str:
-    """Its output in this repository; none where there is no git or no repository."""
+def output_of(*command: str) -> str:
+    """In this repository; none where there is no such program, or no repository."""
     options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    return subprocess.run(["git", *arguments], **options).stdout.strip() if shutil.which("git") else ""
+    return subprocess.run(command, **options).stdout.strip() if shutil.which(command[0]) else ""
 
 
 def commit_of(script: Path) -> str | None:
     """The first commit that held exactly this script, which a run folder keeps a copy of."""
-    blob = git("hash-object", str(script.resolve()))
-    found = git("log", "--reverse", "--format=%H", f"--find-object={blob}").splitlines() if blob else []
+    blob = output_of("git", "hash-object", str(script.resolve()))
+    search = "git", "log", "--reverse", "--format=%H", f"--find-object={blob}"
+    found = output_of(*search).splitlines() if blob else []
     return found[0] if found else None
 
 
@@ -62,7 +66,7 @@ def wall_seconds(lines: list[dict]) -> float:
         seconds += line.get("perf/compile_seconds", 0.0)
         if speed := line.get("perf/updates_per_second"):
             seconds += (line["step"] - before) / speed
-        before = line["step"]
+            before = line["step"]
     return seconds
 
 
@@ -75,12 +79,23 @@ def run_of(folder: Path, args: dict, steps: int, **measured: Any) -> dict:
 
 
 def read_run(folder: Path, label: str = "") -> dict:
+    """A long curve is thinned, but for its evaluations and its last point. Raises SystemExit for the log of no run."""
     args = json.loads((folder / "args.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
+    if not lines:
+        sys.exit(f"results.py: {folder} has logged nothing")
+    if any(line["step"] < before["step"] for before, line in itertools.pairwise(lines)):
+        sys.exit(f"results.py: the steps of {folder} go back, as if two processes had written them")
     keys = sorted({key for line in lines for key in line if key.startswith(CURVES)})
     last = {key.split("/")[1]: value for line in lines for key, value in line.items() if "/" in key}
     evaluation = folder / "eval.json"
-    shown = lines[:: -len(lines) // POINTS][::-1]  # backwards, so that the last one is among them
+    every = -(-len(lines) // POINTS)
+    shown = [
+        line
+        for left, line in zip(range(len(lines) - 1, -1, -1), lines, strict=True)
+        if left % every == 0 or any(key.startswith("eval/") for key in line)
+    ]
     curve = {key.split("/")[1]: [rounded(line.get(key)) for line in shown] for key in keys}
     scores = json.loads(evaluation.read_text()) if evaluation.exists() else None
     run = run_of(folder, args, lines[-1]["step"], wall_seconds=round(wall_seconds(lines)), metrics=last)
@@ -92,7 +107,7 @@ def write(name: str, commands: list[str], runs: list[dict], summary: dict) -> No
     result = {
         "name": name,
         "commands": commands,
-        "commit": git("rev-parse", "HEAD") or None,
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
         "date": datetime.date.today().isoformat(),
     }
     result |= {"hardware": hardware(), "runs": runs, "summary": summary}

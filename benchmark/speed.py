@@ -527,7 +527,12 @@ def add_results(rows: dict[str, dict], group: str, rounds: int, seconds: float) 
     name = "speed_" + re.sub(r"\W+", "_", f"{kind} {results.hardware()['cores']} cores").lower()
     path, command = ROOT / "benchmark" / "results" / f"{name}.json", " ".join(["python", *sys.argv])
     old = json.loads(path.read_text()) if path.exists() else {"commands": [], "runs": [], "summary": {}}
-    common = {"seed": 0, "steps": rounds, "wall_seconds": round(seconds), "commit": results.git("rev-parse", "HEAD")}
+    common = {
+        "seed": 0,
+        "steps": rounds,
+        "wall_seconds": round(seconds),
+        "commit": results.output_of("git", "rev-parse", "HEAD"),
+    }
     runs = [{"label": f"{group}/{part}", **common, "metrics": row} for part, row in rows.items()]
     labels = {run["label"] for run in runs}
     runs = [run for run in old["runs"] if run["label"] not in labels] + runs

@@ -10,6 +10,9 @@ measure() { # NAME SCRIPT SEEDS FLAGS...
   local command="python $2.py --preset cpu ${*:4}"
   for seed in $3; do
     compgen -G "$runs/$2__cpu__s${seed}__*" > /dev/null || $command --seed "$seed" --runs-dir "$runs"
+    if ! compgen -G "$runs/$2__cpu__s${seed}__*/eval.json" > /dev/null; then # it was asked to stop
+      echo "seed $seed is not finished: go on with --resume, then start this again" >&2 && exit 1
+    fi
   done
   python benchmark/results.py "$1" "$command --seed SEED" "$runs/$2"__cpu__*
 }

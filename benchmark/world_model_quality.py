@@ -356,13 +356,17 @@ def draw_curves(path: Path, runs: list[dict]) -> None:
         for i, run in enumerate(runs):
             for key, line in zip(keys, (".-", ".--"), strict=False):
                 values = run["curve"][key]
-                axis.plot(range(1, len(values) + 1), values, line, color=f"C{i}", label=f"{key}, {run['label']}")
+                axis.plot(range(1, len(values) + 1), values, line, color=f"C{i}", label=f"{key}, {name_of(run)}")
         axis.set(title=title, xlabel="imagined step", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=5)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def name_of(run: dict) -> str:
+    return f"{run['label']}, seed {run['seed']}, at {run['steps']:,} steps"
 
 
 def draw_sequences(folder: Path, name: str, frames: np.ndarray, scale: int = 2) -> None:
@@ -423,7 +427,7 @@ def main(argv: list[str]) -> None:
         except twm.UserError as error:
             sys.exit(f"world_model_quality.py: {error}")
         draw_sequences(flags.media, flags.name + (f"_{i + 1}" if len(flags.folders) > 1 else ""), frames)
-        print(f"{run['label']} at {run['steps']:,} steps, on {run['metrics']['steps']:,} held-out steps")
+        print(f"{name_of(run)}, on {run['metrics']['steps']:,} held-out steps")
         for name in ("cells", "frames", "action", "changed cells, by frames seen"):
             print_table(name, run["metrics"][name])
         print_table("reward, by what the step does", run["metrics"]["reward"]["kinds"])
@@ -432,11 +436,8 @@ def main(argv: list[str]) -> None:
             print_table(f"{name}, by predicted probability", run["metrics"][name]["bins"])
         runs.append(run)
     draw_curves(flags.media / f"{flags.name}_curves.png", runs)
-    summary = {
-        f"{run['label']} at {run['steps']}": {key: run["metrics"][key]["all"] for key in ("cells", "frames")}
-        for run in runs
-    }
-    command = [f"runs/{Path(word).name}" if word in flags.folders else Path(word).name for word in argv]
+    summary = {name_of(run): {key: run["metrics"][key]["all"] for key in ("cells", "frames")} for run in runs}
+    command = [f"runs/{Path(word).name}" if word in flags.folders else word for word in argv]
     results.write(flags.name, [" ".join(["python benchmark/world_model_quality.py", *command])], runs, summary)
 
 

@@ -113,7 +113,7 @@ if "--runs-dir" in words:  # what the rest of the shell script looks for
     folder = os.path.join(words["--runs-dir"], name)
     os.makedirs(os.path.join(folder, "teacher"))
     last = {{"step": int(words.get("--total-steps", 0)), "eval/x": 0}}
-    for path in ("metrics.jsonl", "teacher/config.json", "teacher/model_index.json"):
+    for path in ("metrics.jsonl", "eval.json", "teacher/config.json", "teacher/model_index.json"):
         with open(os.path.join(folder, path), "w") as file:
             file.write(json.dumps(last))
 """

@@ -1,5 +1,9 @@
 """benchmark/perfect_model.py: its states are those of the rollout, and its rollouts are the environment's own."""
 
+import dataclasses
+import json
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +59,15 @@ def test_a_rollout_starts_in_a_replayed_state_and_follows_the_environment(played
     frames = windows.frames.swapaxes(0, 1)
     values = twm.Policy(args).apply({"params": policy.params}, frames, resets, jnp.zeros((4, args.gru_size)))[1]
     np.testing.assert_allclose(rollout.values[0], values[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only", "--dry-run", "--wm-rewarded-actions"])
+def test_flags_that_mean_nothing_here_are_refused_before_a_run_is_touched(flag, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(twm.PRESETS["smoke"])))
+    named = [str(folder)] if flag in ("--resume", "--eval-only") else ["--preset", "smoke", "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["perfect_model.py", flag, *named])
+    with pytest.raises(twm.UserError, match=f"{flag} .* means nothing here"):
+        perfect_model.main()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "args.json"]

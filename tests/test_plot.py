@@ -71,8 +71,24 @@ def test_panels_are_those_with_data(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "draw", lambda axis, keys, lines: drawn.append(keys[0]) or draw(axis, keys, lines))
     plot.main([str(tmp_path / "out.png"), "panels", str(tmp_path / "runs")])
     assert drawn == ["reward_percent", "real_entropy"] and (tmp_path / "out.png").stat().st_size > 1000
+    names = []
+    monkeypatch.setattr(plot.plt.Axes, "legend", lambda axis, lines, labels, **how: names.append([*labels]))
+    run_folder(tmp_path / "runs", "three__cpu__s1__t", [1, 2], losses__real_entropy=[1, 1])  # in the second panel only
+    monkeypatch.setattr(plot.plt.Axes, "add_artist", lambda axis, artist: None)
+    plot.main([str(tmp_path / "out.png"), "panels", str(tmp_path / "runs")])
+    assert names[-1] == ["one__cpu (n=2)", "two__smoke (n=1)", "three__cpu (n=1)"]
     with pytest.raises(SystemExit, match="one__cpu has no losses/real_entropy"):  # asked for by name
         plot.main([str(tmp_path / "no.png"), "losses/real_entropy", str(tmp_path / "runs")])
+
+
+def test_achievements_are_all_of_them_or_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda axis, keys, lines: drawn.append(keys[0]))
+    monkeypatch.setattr(plot.plt.Axes, "legend", lambda *inputs, **how: None)
+    values = {f"achievements__{name}": [0.5] for name in plot.ACHIEVEMENTS}
+    run = run_folder(tmp_path, "one__cpu__s1__t", [1], **values)
+    plot.main([str(tmp_path / "out.png"), "achievements/wake_up,achievements", str(run)])
+    assert drawn == ["wake_up", *(name for name in plot.ACHIEVEMENTS if name != "wake_up")]
 
 
 def test_teacher_stands_beside_the_student_in_order_of_steps(tmp_path):

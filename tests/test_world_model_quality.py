@@ -329,6 +329,7 @@ def test_a_run_folder_is_measured_from_the_command_line(smoke_run, tmp_path, mon
     (run,) = json.loads(json.dumps(written["r"], allow_nan=False))
     args = twm.PRESETS["smoke"]
     assert run["label"] == "twm_dyna_craftax__smoke" and run["seed"] == 1 and run["steps"] == args.total_steps
+    assert [*written["s"]] == [f"twm_dyna_craftax__smoke, seed 1, at {args.total_steps} steps"]
     assert run["metrics"]["steps"] == 24 and run["metrics"]["codes"] > 0
     assert all(len(run["curve"][key]) == args.context for key in ("accuracy", "exact", "imagined_reward_rate"))
     assert "changed" in capsys.readouterr().out
