@@ -94,7 +94,7 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
-    micro_batch_frames: int = 200  # of one gradient on a device, one sequence at least; more: the mean of gradients
+    micro_batch_frames: int = 200  # most frames of one gradient on a device; of a larger batch it is the mean of such
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
     media_every: int = 20  # iterations between videos and pictures (0: none but the evaluation's)
@@ -376,7 +376,7 @@ class Policy(nn.Module):
         def dense(features, scale):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
-        name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # initial draws depend on it
+        name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # Flax draws initial weights by it
         encoder = Encoder(args.encoder == "cells", args.encoder_channels, args.encoder_norm, dtype, name=name)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]

@@ -97,7 +97,7 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
-    micro_batch_frames: int = 200  # of one gradient on a device, one sequence at least; more: the mean of gradients
+    micro_batch_frames: int = 200  # most frames of one gradient on a device; of a larger batch it is the mean of such
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
     media_every: int = 20  # iterations between videos and pictures (0: none but the evaluation's)
@@ -422,7 +422,7 @@ class Policy(nn.Module):
         def dense(features, scale):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
-        name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # initial draws depend on it
+        name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # Flax draws initial weights by it
         encoder = Encoder(args.encoder == "cells", args.encoder_channels, args.encoder_norm, dtype, name=name)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
         features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
@@ -835,7 +835,7 @@ class TransformerBlock(nn.Module):
         return self.merge(x, jax.lax.map(one_head, heads, batch_size=at_once), deterministic)
 
     def step(self, x: Array, cache: Array, t: Array, length: int) -> tuple[Array, Array]:
-        """Step t alone, Float[B * 82, d], attending to cache Float[2, heads, B, S, D], read up to step length > t."""
+        """Step t alone, Float[B * 82, d], attending to cache Float[2, heads, B, S, D]: its first `length` > t steps."""
         query, key, value = self.heads(x, t * BLOCK + jnp.arange(BLOCK))
         cache = jax.lax.dynamic_update_slice_in_dim(cache, jnp.stack([key, value]), t * BLOCK, axis=3)
         key, value = cache[:, :, :, : length * BLOCK]
@@ -943,27 +943,28 @@ class WorldModel(nn.Module):
         actions: Array,
         vocab: int,
         size: Array,
-        caches: Array,
+        caches: tuple[Array, ...],
         t: Array,
         length: int,
         rewarded: Array | None = None,
         frames: Array | None = None,
-    ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Step t alone: the same without the axis T, and caches Float[layers, 2, heads, B, S, D] of the steps before,
-        read up to step length > t. Returns outputs with T = 1, caches.
+    ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+        """Step t alone: the same without the axis T, and each layer's cache Float[2, heads, B, S, D] of steps before,
+        of which only the first `length` > t are read. Returns outputs with T = 1, caches.
         """
         inputs = (tokens, actions, rewarded, frames)
         tokens, actions, rewarded, frames = jax.tree.map(lambda leaf: leaf[:, None], inputs)
-        x = self.embed(tokens, actions, rewarded)
-        for i, block in enumerate(self.blocks):
-            x, cache = block.step(x, caches[i], t, length)
-            caches = caches.at[i].set(cache)
-        return self.read_out(x, vocab, size, frames, actions, rewarded), caches
+        x, new = self.embed(tokens, actions, rewarded), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block.step(x, cache, t, length)
+            new.append(cache)
+        return self.read_out(x, vocab, size, frames, actions, rewarded), tuple(new)
 
 
-def empty_caches(args: Args, batch: int) -> Array:
-    shape = (args.wm_layers, 2, args.wm_heads, batch, args.context * BLOCK, args.wm_size // args.wm_heads)
-    return split_batch(jnp.zeros(shape, args.compute_dtype), axis=3)
+def empty_caches(args: Args, batch: int) -> tuple[Array, ...]:
+    """One of each layer: of arrays in one, XLA would copy all at every step."""
+    shape = (2, args.wm_heads, batch, args.context * BLOCK, args.wm_size // args.wm_heads)
+    return split_batch(tuple(jnp.zeros(shape, args.compute_dtype) for _ in range(args.wm_layers)), axis=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -993,10 +994,9 @@ def reward_model_loss(params: Any, args: Args, steps: "Steps", key: Array) -> Ar
 def world_model_loss(
     params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None
 ) -> tuple[Array, dict]:
-    """[TWM] cross-entropies of next tokens, reward class (1 for an achievement; health terms are dropped) and
-    termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
-    Only "loss", the first value, knows --wm-inventory-weight.
-    key: of dropout; None: without.
+    """[TWM] cross-entropies of next tokens, reward class and termination over windows of T + 1 frames, also across
+    episode ends, whose next frame is the first of a new world. --wm-inventory-weight enters "loss" only. key: of
+    dropout; None: without.
     """
     tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
     inputs, labels = tokens[:, :-1], tokens[:, 1:]  # Int[B, T, 81]
@@ -1054,7 +1054,7 @@ def count_rewarded(counts: Array, actions: Array, rewards: Array, dones: Array) 
 
 @jax.jit
 def add_rewarded(replay: Replay, new: Steps) -> Steps:
-    """[T, B] steps with their field `rewarded`, for which the newest ones in the replay are those before them."""
+    """[T, B] steps with their field `rewarded`, counted on from the newest in the replay: before they are added."""
     last = jax.tree.map(lambda ring: ring[replay.head - 1], replay.steps)
 
     def one(counts, step):
@@ -1093,7 +1093,7 @@ def world_model_step(
     windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, args.replay_size)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
     if args.wm_reward_batch_size:  # instead of the windows' few steps, which depend on each other
-        key_windows, key_dropout = jax.random.split(jax.random.fold_in(key, 1))
+        key_windows, key_dropout = jax.random.split(jax.random.fold_in(key, 2))  # 0 and 1: those above
         steps = sample_windows(replay, key_windows, args.wm_reward_batch_size, 1, args.replay_size)
         grads["reward_model"] = jax.grad(reward_model_loss)(model.params, args, steps, key_dropout)["reward_model"]
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)

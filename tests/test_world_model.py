@@ -104,8 +104,8 @@ def test_cached_decoding_equals_the_whole_forward_pass(small, forward, steps, lo
     whole = forward(tokens, actions)
     step = jax.jit(lambda *x, length: twm.WorldModel(args).apply({"params": params}, *x, length, method="step"),
                    static_argnums=(2,), static_argnames="length")  # fmt: skip
-    caches = twm.empty_caches(args, 2)
-    caches = jnp.full_like(caches, 5.0)  # what is left in unused slots must not matter
+    # What is left in unused slots must not matter.
+    caches = jax.tree.map(lambda cache: jnp.full_like(cache, 5.0), twm.empty_caches(args, 2))
     for t in range(steps):
         length = steps if longer else t + 1
         outputs, caches = step(tokens[:, t], actions[:, t], 256, 200, caches, t, length=length)
