@@ -185,7 +185,7 @@ def check_args(args: Args) -> None:
 # --- shared block: craftax agent ---
 def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     """Refuse numbers out of range, and batches that devices do not divide. Raises UserError."""
-    may_be_0 = "seed media_every eval_episodes warmup_steps imagination_updates burn_in wm_reward_batch_size".split()
+    may_be_0 = "seed media_every eval_episodes warmup_steps imagination_updates burn_in".split()
     for name, value in dataclasses.asdict(args).items():
         low = 0 if name in may_be_0 or isinstance(value, float) else 1
         high = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "value_norm_decay": 1}.get(name, math.inf)

@@ -116,7 +116,6 @@ class Args:
     wm_average_decay: float = 0.0  # decay per gradient step of the mean of its weights that imagines (the paper: 0)
     wm_action_in_cells: bool = False  # add the action to each cell of its step, beside its own token (the paper: no)
     wm_rewarded_actions: bool = False  # tell it the actions that have achieved something in the episode (the paper: no)
-    wm_reward_batch_size: int = 0  # so many steps train a CNN that gives rewards and ends (the paper: 0, none)
     wm_inventory_weight: float = 1.0  # cells that each of the 18 inventory cells counts for in the token loss
     wm_updates: int = 1500  # world-model gradient steps per iteration (12,000: perhaps the paper's slow variant)
     replay_size: int = 128_000  # transitions kept, first in first out, all environments together
@@ -210,8 +209,8 @@ def require(args: Args, name: str, holds: bool, reason: str) -> None:
 
 def check_args(args: Args) -> None:
     """Refuse settings that cannot work, before anything is compiled. Raises UserError."""
-    split = ("wm_batch_size", "wm_reward_batch_size", "imagination_envs", "eval_episodes")
-    check_policy_args(args, {name: getattr(args, name) for name in split})
+    split = {name: getattr(args, name) for name in ("wm_batch_size", "imagination_envs", "eval_episodes")}
+    check_policy_args(args, split)
     window, rollout = max(args.context, args.burn_in) + 1, args.num_envs * args.num_steps
     require(args, "wm_dropout", args.wm_dropout < 1, "drops everything: give a number below 1")
     require(args, "wm_average_decay", args.wm_average_decay < 1, "never moves: give a number below 1")
@@ -231,7 +230,7 @@ def check_args(args: Args) -> None:
 # --- shared block: craftax agent ---
 def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
     """Refuse numbers out of range, and batches that devices do not divide. Raises UserError."""
-    may_be_0 = "seed media_every eval_episodes warmup_steps imagination_updates burn_in wm_reward_batch_size".split()
+    may_be_0 = "seed media_every eval_episodes warmup_steps imagination_updates burn_in".split()
     for name, value in dataclasses.asdict(args).items():
         low = 0 if name in may_be_0 or isinstance(value, float) else 1
         high = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "value_norm_decay": 1}.get(name, math.inf)
@@ -843,29 +842,6 @@ class TransformerBlock(nn.Module):
         return self.merge(x, attend(query, key, value, visible), True), cache
 
 
-class RewardModel(nn.Module):
-    """--wm-reward-batch-size, no part of the paper: reward and end from a step's frame itself. A CNN without pooling
-    reads each map cell, then its neighbourhood; two layers read its features and the action, and the counts if the
-    world model is told them. UInt8[B, T, 63, 63, 3], Int[B, T], UInt8[B, T, 17] -> logits of both, Float[B, T, 4].
-    """
-
-    args: Args
-
-    @nn.compact
-    def __call__(self, frames: Array, actions: Array, rewarded: Array | None, deterministic: bool) -> Array:
-        dtype = self.args.compute_dtype
-        x = to_cells(frames.reshape(-1, *FRAME)).astype(dtype) / 128 - 1
-        x = nn.relu(nn.Dense(48, dtype=dtype)(x)).reshape(-1, GRID, GRID, 48)
-        for features in (64, 16):
-            x = nn.relu(nn.Conv(features, (3, 3), dtype=dtype)(x))
-        x = nn.Dropout(self.args.wm_dropout, deterministic=deterministic)(x.reshape(*actions.shape, -1))
-        x = [x, jax.nn.one_hot(actions, NUM_ACTIONS, dtype=dtype)]
-        x = jnp.concatenate(x if rewarded is None else [*x, jnp.minimum(rewarded, 4).astype(dtype)], axis=-1)
-        for features in (256, 128):
-            x = nn.relu(nn.Dense(features, dtype=dtype)(x))
-        return nn.Dense(4, dtype=dtype)(x).astype(jnp.float32)
-
-
 class WorldModel(nn.Module):
     """[TWM] transformer with block teacher forcing: from step t's cells and action it predicts, in parallel, the 81
     tokens of frame t+1, and at the action's position the reward class and whether the episode ended. Outputs, fp32:
@@ -888,7 +864,6 @@ class WorldModel(nn.Module):
         self.token_kernel = self.param("token_kernel", lecun, (args.wm_size, args.codebook_size))
         self.token_bias = self.param("token_bias", nn.initializers.zeros, (args.codebook_size,))
         self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
-        self.reward_model = RewardModel(args)
 
     def embed(self, tokens: Array, actions: Array, rewarded: Array | None) -> Array:
         """Int[B, T, 81], Int[B, T], UInt8[B, T, 17] -> Float[B * T * 82, d]."""
@@ -900,42 +875,23 @@ class WorldModel(nn.Module):
         x = jnp.concatenate([cells, action], axis=2)
         return x.reshape(-1, x.shape[-1]).astype(self.args.compute_dtype)
 
-    def judge(
-        self, frames: Array, actions: Array, rewarded: Array | None, deterministic: bool = True
-    ) -> tuple[Array, Array]:
-        """The reward model's logits of reward and end, Float[B, T, 2] each."""
-        return tuple(jnp.split(self.reward_model(frames, actions, rewarded, deterministic), 2, axis=-1))
-
-    def read_out(
-        self, x: Array, vocab: int, size: Array, frames: Array | None, actions: Array, rewarded: Array | None
-    ) -> tuple[Array, Array, Array]:
-        x = self.norm(x).reshape(len(actions), -1, BLOCK, x.shape[-1])
+    def read_out(self, x: Array, batch: int, vocab: int, size: Array) -> tuple[Array, Array, Array]:
+        x = self.norm(x).reshape(batch, -1, BLOCK, x.shape[-1])
         cells, action = nn.relu(self.token_hidden(x[:, :, :-1].reshape(-1, x.shape[-1]))), x[:, :, -1]
         logits = cells @ self.token_kernel[:, :vocab].astype(x.dtype) + self.token_bias[:vocab]
-        logits = logits.reshape(*actions.shape, BLOCK - 1, vocab).astype(jnp.float32)
+        logits = logits.reshape(batch, -1, BLOCK - 1, vocab).astype(jnp.float32)
         logits = jnp.where(jnp.arange(vocab) < size, logits, -1e30)
-        if self.args.wm_reward_batch_size:
-            return logits, *self.judge(frames, actions, rewarded)
         reward = self.reward_out(nn.relu(self.reward_hidden(action))).astype(jnp.float32)
         return logits, reward, self.done_out(nn.relu(self.done_hidden(action))).astype(jnp.float32)
 
     def __call__(
-        self,
-        tokens: Array,
-        actions: Array,
-        vocab: int,
-        size: Array,
-        deterministic: bool = True,
-        rewarded: Array | None = None,
-        frames: Array | None = None,
+        self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True, rewarded: Any = None
     ) -> tuple[Array, Array, Array]:
-        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]; rewarded UInt8[B, T, 17] if it is told, and
-        frames UInt8[B, T, 63, 63, 3] for the reward model.
-        """
+        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]; rewarded UInt8[B, T, 17] if it is told."""
         x = self.drop(self.embed(tokens, actions, rewarded), deterministic)
         for block in self.blocks:
             x = block(x, tokens.shape[1], deterministic)
-        return self.read_out(x, vocab, size, frames, actions, rewarded)
+        return self.read_out(x, len(tokens), vocab, size)
 
     def step(
         self,
@@ -947,18 +903,15 @@ class WorldModel(nn.Module):
         t: Array,
         length: int,
         rewarded: Array | None = None,
-        frames: Array | None = None,
     ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
         """Step t alone: the same without the axis T, and each layer's cache Float[2, heads, B, S, D] of steps before,
         of which only the first `length` > t are read. Returns outputs with T = 1, caches.
         """
-        inputs = (tokens, actions, rewarded, frames)
-        tokens, actions, rewarded, frames = jax.tree.map(lambda leaf: leaf[:, None], inputs)
-        x, new = self.embed(tokens, actions, rewarded), []
+        x, new = self.embed(*jax.tree.map(lambda leaf: leaf[:, None], (tokens, actions, rewarded))), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block.step(x, cache, t, length)
             new.append(cache)
-        return self.read_out(x, vocab, size, frames, actions, rewarded), tuple(new)
+        return self.read_out(x, len(tokens), vocab, size), tuple(new)
 
 
 def empty_caches(args: Args, batch: int) -> tuple[Array, ...]:
@@ -971,41 +924,27 @@ def empty_caches(args: Args, batch: int) -> tuple[Array, ...]:
 def init_world_model(args: Args, key: Array) -> Learner:
     tokens, actions = jnp.zeros((1, 1, BLOCK - 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
     rewarded = jnp.zeros((1, 1, NUM_ACTIONS), jnp.uint8) if args.wm_rewarded_actions else None
-    frames = jnp.zeros((1, 1, *FRAME), jnp.uint8)
-    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1, True, rewarded, frames)["params"]
+    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1, True, rewarded)["params"]
     return Learner(params, adam(args, args.wm_learning_rate).init(params))
-
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-def outcome_losses(reward: Array, done: Array, rewards: Array, dones: Array) -> tuple[Array, Array]:
-    """Of the logits of reward class and termination: 1 for an achievement; health terms are dropped."""
-    return cross_entropy(reward, (rewards >= 0.5).astype(jnp.int32)).mean(), cross_entropy(done, dones * 1).mean()
-
-
-def reward_model_loss(params: Any, args: Args, steps: "Steps", key: Array) -> Array:
-    """The reward model's, on steps [B, 1]. key: of dropout."""
-    apply = functools.partial(WorldModel(args).apply, method="judge", rngs={"dropout": key})
-    logits = apply({"params": params}, steps.frames, steps.actions, steps.rewarded, False)
-    return sum(outcome_losses(*logits, steps.rewards, steps.dones))
 
 
 def world_model_loss(
     params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None
 ) -> tuple[Array, dict]:
-    """[TWM] cross-entropies of next tokens, reward class and termination over windows of T + 1 frames, also across
-    episode ends, whose next frame is the first of a new world. --wm-inventory-weight enters "loss" only. key: of
-    dropout; None: without.
+    """[TWM] cross-entropies of next tokens, reward class (1 for an achievement; health terms are dropped) and
+    termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
+    --wm-inventory-weight enters "loss" only. key: of dropout; None: without.
     """
     tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
     inputs, labels = tokens[:, :-1], tokens[:, 1:]  # Int[B, T, 81]
     apply = functools.partial(WorldModel(args).apply, rngs={} if key is None else {"dropout": key})
-    actions, *seen = jax.tree.map(lambda leaf: leaf[:, :-1], (windows.actions, windows.rewarded, windows.frames))
-    logits, reward, done = apply({"params": params}, inputs, actions, vocab, size, key is None, *seen)
+    actions, rewarded = jax.tree.map(lambda leaf: leaf[:, :-1], (windows.actions, windows.rewarded))
+    logits, reward, done = apply({"params": params}, inputs, actions, vocab, size, key is None, rewarded)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     token_losses = cross_entropy(logits, labels)  # Float[B, T, 81]
     logs = {"token_loss": token_losses.mean()}
-    logs["reward_loss"], logs["done_loss"] = outcome_losses(reward, done, rewards, dones)
+    logs["reward_loss"] = cross_entropy(reward, (rewards >= 0.5).astype(jnp.int32)).mean()
+    logs["done_loss"] = cross_entropy(done, dones.astype(jnp.int32)).mean()
     weights = jnp.ones(GRID**2).at[-2 * GRID :].set(args.wm_inventory_weight)  # the inventory: the last two rows
     logs["loss"] = loss = (weights * token_losses).mean() + logs["reward_loss"] + logs["done_loss"]
     best, changed = logits.max(-1), labels != inputs  # on a CPU an argmax would take 4 % of the step
@@ -1092,10 +1031,6 @@ def world_model_step(
     key_windows, key_dropout = jax.random.split(key)
     windows = sample_windows(replay, key_windows, args.wm_batch_size, args.context + 1, args.replay_size)
     grads, logs = jax.grad(world_model_loss, has_aux=True)(model.params, args, vocab, size, windows, key_dropout)
-    if args.wm_reward_batch_size:  # instead of the windows' few steps, which depend on each other
-        key_windows, key_dropout = jax.random.split(jax.random.fold_in(key, 2))  # 0 and 1: those above
-        steps = sample_windows(replay, key_windows, args.wm_reward_batch_size, 1, args.replay_size)
-        grads["reward_model"] = jax.grad(reward_model_loss)(model.params, args, steps, key_dropout)["reward_model"]
     updates, opt_state = adam(args, args.wm_learning_rate).update(grads, model.opt_state)
     logs["grad_norm"] = optax.tree.norm(grads)
     return Learner(optax.apply_updates(model.params, updates), opt_state), logs
@@ -1141,9 +1076,7 @@ def imagine(
         key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        (logits, reward, done), caches = model(
-            tokens, actions, vocab, codebook.size, caches, t, length, rewarded, frame
-        )
+        (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length, rewarded)
         tokens = draw_tokens(key_token, logits[:, 0], codebook.size)  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
@@ -1193,8 +1126,8 @@ def replay_actions(
     def step(carry, inputs):
         (tokens, caches), (t, key) = carry, inputs
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        actions, *seen = jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded, windows.frames))
-        (logits, _, _), caches = model(tokens, actions, vocab, size, caches, t, steps, *seen)
+        actions, rewarded = jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
+        (logits, _, _), caches = model(tokens, actions, vocab, size, caches, t, steps, rewarded)
         tokens = jnp.where(t + 1 < given, true[:, t + 1], draw_tokens(key, logits[:, 0], size))
         return (tokens, caches), tokens
 

@@ -14,7 +14,7 @@ from conftest import ROOT, metrics_of, only, run_script, start_script, state_of,
 
 # Two iterations, the second with imagination; one minibatch, whose four environments split over four devices.
 FLAGS = ("--preset", "smoke", "--total-steps", 48, "--num-minibatches", 1, "--media-every", 0, "--eval-episodes", 0)
-BEYOND = ("--wm-action-in-cells", "--wm-rewarded-actions", "--wm-reward-batch-size", 8, "--wm-average-decay", 0.9)
+BEYOND = ("--wm-action-in-cells", "--wm-rewarded-actions", "--wm-average-decay", 0.9)
 
 
 def run_on(devices, folder, flags):

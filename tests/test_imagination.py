@@ -3,7 +3,6 @@ from real experience.
 """
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -269,34 +268,6 @@ def test_the_averaged_weights_imagine(tiny, monkeypatch, decay):
     first, second = [means[1]], [means[3]]
     assert values == {"heldout": [[0.0], first], "imagination": [first, second], "pictures": [second]}
     assert np.unique(state.model.params["token_table"]) == 4
-
-
-def test_the_reward_model_judges_imagined_frames(tiny):
-    """With logits so large that draws are certain, rewards and ends are what it says of the frames, actions and counts
-    that the policy met.
-    """
-    args = tiny(context=4, imagination_steps=4, wm_rewarded_actions=True, wm_reward_batch_size=8)
-    params, rng = twm.init_world_model(args, jax.random.PRNGKey(0)).params, np.random.default_rng(0)
-    params["reward_model"]["Dense_3"]["kernel"] *= 1e5
-    policy, batch, length = twm.init_policy(args, jax.random.PRNGKey(1)), 16, args.burn_in + 1
-    codebook = twm.Codebook(jnp.asarray(rng.integers(0, 256, (args.codebook_size, 147)), jnp.uint8), jnp.int32(200))
-    tokens = jnp.asarray(rng.integers(0, 200, (batch, length, 81)), jnp.uint16)
-    nothing = jnp.zeros((batch, length), jnp.uint8), jnp.zeros((batch, length)), jnp.zeros((batch, length), bool)
-    rewarded = jnp.asarray(rng.integers(0, 3, (batch, length, twm.NUM_ACTIONS)), jnp.uint8)
-    windows = twm.Steps(tokens, *nothing, twm.decode(codebook, tokens), rewarded)
-    judge = jax.jit(functools.partial(twm.WorldModel(args).apply, method="judge"))
-    usual = jnp.concatenate(judge({"params": params}, windows.frames, windows.actions, rewarded), axis=-1)
-    params["reward_model"]["Dense_3"]["bias"] = -usual.mean((0, 1))  # so both classes are drawn
-    imagine, counts = jax.jit(twm.imagine, static_argnums=(0, 1)), rewarded[:, -1]
-    rollout = imagine(args, 256, policy, params, codebook, windows, jax.random.PRNGKey(2))
-    for t in range(args.imagination_steps):
-        frames, actions, rewards, dones = (
-            leaf[t] for leaf in (rollout.frames, rollout.actions, rollout.rewards, rollout.dones)
-        )
-        reward, done = judge({"params": params}, frames[:, None], actions[:, None], counts[:, None])
-        assert (rewards == reward[:, 0].argmax(-1)).all() and (dones == done[:, 0].argmax(-1)).all(), f"step {t}"
-        counts = twm.count_rewarded(counts, actions, rewards, dones)
-    assert 0 < rollout.rewards.mean() < 1 and 0 < rollout.dones.mean() < 1
 
 
 def test_imagined_rewards_are_counted_like_real_ones(tiny):

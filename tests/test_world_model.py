@@ -140,56 +140,6 @@ def test_it_is_told_how_often_each_action_has_achieved_something(tiny):
     np.testing.assert_allclose(logs["reward_loss"], -np.take_along_axis(logprobs, labels, -1).mean(), rtol=1e-4)
 
 
-def test_the_reward_model_reads_one_step_alone(tiny):
-    """In whole sequences, one step at a time and in the loss; the transformer says the rest, and sees no frame."""
-    args, rng = tiny(context=T, imagination_steps=T, wm_reward_batch_size=8), np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: leaf * 3, twm.init_world_model(args, jax.random.PRNGKey(0)).params)
-    assert "reward_out" not in params and "done_out" not in params
-    windows = windows_of(rng.integers(0, 200, (2, T + 1, 81)), rng.integers(0, twm.NUM_ACTIONS, (2, T + 1)))
-    frames = jnp.asarray(rng.integers(0, 256, (2, T + 1, *twm.FRAME)), jnp.uint8)
-    tokens, actions = windows.tokens[:, :-1].astype(int), windows.actions[:, :-1]
-    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
-    whole = apply({"params": params}, tokens, actions, 256, 200, True, None, frames[:, :-1])
-    other = apply({"params": params}, tokens, actions, 256, 200, True, None, frames[:, :-1].at[0, 1, 30, 30].add(99))
-    assert (whole[0] == other[0]).all()
-    for one, changed in zip(whole[1:], other[1:], strict=True):
-        assert [tuple(place) for place in np.argwhere((one != changed).any(-1))] == [(0, 1)]
-    caches = twm.empty_caches(args, 2)
-    for t in range(T):
-        inputs = tokens[:, t], actions[:, t], 256, 200, caches, t, T, None, frames[:, t]
-        outputs, caches = twm.WorldModel(args).apply({"params": params}, *inputs, method="step")
-        for one, expected in zip(outputs, whole, strict=True):
-            np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
-    logs = twm.world_model_loss(params, args, 256, 200, windows.replace(frames=frames), None)[1]
-    labels = (windows.rewards[:, :-1, None] >= 0.5).astype(int)
-    expected = -np.take_along_axis(jax.nn.log_softmax(whole[1]), labels, -1).mean()
-    np.testing.assert_allclose(logs["reward_loss"], expected, rtol=1e-4)
-
-
-def test_the_reward_model_learns_what_an_action_earns_where(tiny):
-    """Action 5 earns a reward where a cell beside the player is bright, action 6 ends the episode."""
-    args = tiny(wm_reward_batch_size=128, num_envs=64, replay_size=64 * 32, context=2, wm_layers=1)
-
-    def steps_of(seed):
-        rng = np.random.default_rng(seed)
-        cells = rng.integers(0, 2, (32, 64, 81)) * 200
-        frames = np.repeat(np.repeat(cells.reshape(32, 64, 9, 9), 7, axis=2), 7, axis=3)[..., None].repeat(3, axis=-1)
-        actions = rng.integers(4, 7, (32, 64))
-        rewards, tokens = (actions == 5) * (cells[..., 32] > 0), np.zeros((32, 64, 81), np.uint16)
-        steps = tokens, actions.astype(np.uint8), rewards.astype(np.float32), actions == 6, frames.astype(np.uint8)
-        return twm.Steps(*map(jnp.asarray, steps))
-
-    replay, new = twm.add_to_replay(twm.init_replay(args), steps_of(0)), steps_of(1)
-    model = twm.init_world_model(args, jax.random.PRNGKey(0))
-    for key in jax.random.split(jax.random.PRNGKey(1), 150):
-        model, _ = twm.world_model_step(args, 256, model, jnp.int32(1), replay, key)
-    judge = jax.jit(functools.partial(twm.WorldModel(args).apply, method="judge"))
-    said = judge({"params": model.params}, new.frames, new.actions, None)
-    for logits, happens in zip(said, (new.rewards, new.dones), strict=True):
-        right = np.take_along_axis(jax.nn.softmax(logits), happens.astype(int)[..., None], -1)
-        assert right.mean() > 0.95, right.mean()
-
-
 def test_rotary_positions_matter_only_as_differences():
     query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
