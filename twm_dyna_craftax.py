@@ -11,6 +11,7 @@ Papers: [TWM] "Improving Transformer World Models for Data-Efficient RL" arXiv:2
 
     python twm_dyna_craftax.py --total-steps 1000000        # the paper's setting, 1M environment steps
     python twm_dyna_craftax.py --preset cpu                 # smaller; another encoder, gamma, lambda, annealing
+    python twm_dyna_craftax.py --preset cpu-late            # with a longer warmup and a few additions to the paper
     python twm_dyna_craftax.py --preset smoke               # a minute or two: learns nothing, touches everything
     python twm_dyna_craftax.py --resume runs/RUN_FOLDER     # goes on where that run stopped
     python twm_dyna_craftax.py --eval-only runs/RUN_FOLDER  # scores that run's policy: eval.json and a video
@@ -159,6 +160,11 @@ PRESETS = {
         eval_episodes=4,
     ),
 }
+PRESETS["cpu-late"] = dataclasses.replace(  # where imagination pays at that size: with flags that the paper has not
+    PRESETS["cpu"], preset="cpu-late", total_steps=200_000, warmup_steps=100_000, wm_updates=200,
+    wm_action_in_cells=True, wm_rewarded_actions=True, wm_average_decay=0.99, wm_inventory_weight=20.0,
+    imagination_updates=25, imagination_recent=13_824, eval_episodes=480,
+)
 # fmt: on
 
 
