@@ -381,7 +381,8 @@ def measure(preset: str, only: list[str], rounds: int) -> dict[str, dict]:
         whole += [short_iteration(args, data)] if run_whole else []
         print(f"{preset}: round {number + 1} of {rounds}", flush=True)
     (flops, cpu_flops), (bandwidth, cpu_bandwidth) = np.median(rates, axis=0).tolist()
-    rows = {"machine": {"gflops": flops / 1e9, "copy_gb_per_s": bandwidth / 1e9, "peak_gb": peak[1]}}
+    rows = {"machine": {"gflops": flops / 1e9, "copy_gb_per_s": bandwidth / 1e9}}
+    rows["machine"] |= {"peak_gb": peak[1]} if every else {}  # that of some parts is another number
     for name, part in parts.items():
         ours, other = part.ours.samples, part.plain.samples
         row = {"unit": part.unit, "seconds": statistics.median(ours), "seconds_spread": spread(ours)}
@@ -413,7 +414,8 @@ def measure(preset: str, only: list[str], rounds: int) -> dict[str, dict]:
 def show(preset: str, rows: dict) -> None:
     machine = rows["machine"]
     print(f"\n{preset}: matrix products {machine['gflops']:.0f} GFLOP/s, copies {machine['copy_gb_per_s']:.1f} GB/s")
-    print(f"largest resident memory, the script's own parts alone: {machine['peak_gb']:.2f} GB")
+    if "peak_gb" in machine:
+        print(f"largest resident memory, the script's own parts alone: {machine['peak_gb']:.2f} GB")
     columns = "seconds floor_seconds over_floor cpu_over_floor plain_seconds plain_over_ours plain_share".split()
     columns += ["public_seconds", "program_gb", "compile_seconds"]
     print(f"{'':<16}", *(f"{name.replace('_seconds', ''):>9.9}" for name in columns), "  (spread) unit")
@@ -533,7 +535,9 @@ def add_results(rows: dict[str, dict], group: str, rounds: int, seconds: float) 
         "wall_seconds": round(seconds),
         "commit": results.output_of("git", "rev-parse", "HEAD"),
     }
-    runs = [{"label": f"{group}/{part}", **common, "metrics": row} for part, row in rows.items()]
+    before = {run["label"]: run["metrics"] for run in old["runs"]}
+    rows = {f"{group}/{part}": row for part, row in rows.items()}
+    runs = [{"label": label, **common, "metrics": before.get(label, {}) | row} for label, row in rows.items()]
     labels = {run["label"] for run in runs}
     runs = [run for run in old["runs"] if run["label"] not in labels] + runs
     keys = "seconds", "over_floor", "cpu_over_floor", "plain_over_ours", "seconds_exponent", "gigabytes_exponent"

@@ -168,6 +168,7 @@ def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     speed.main()
     machine, encoding = written["r"][-2:]
     assert (machine["label"], encoding["label"]) == ("smoke/machine", "smoke/encoding")
+    assert "peak_gb" not in machine["metrics"]  # so that a part alone does not pass for all
     row = encoding["metrics"]
     assert 0 < row["seconds_spread"]["min"] <= row["seconds"] <= row["seconds_spread"]["max"]
     assert row["floor_seconds"] == max(row["flops_seconds"], row["bytes_seconds"]) > 0
