@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Students of the exact teacher of digits, one mixture component per image, for docs/emd_imagenet.md: EMD-8 and
 # Diff-Instruct for UPDATES updates, and Diff-Instruct for 4 times as many, which cost what EMD-8 costs (39 and 9 network
-# evaluations an update). A run per seed, one thread each, 20 minutes in all. RUNS says where run folders go, SEEDS which
-# seeds; start it again after an interruption: runs that were finished are kept.
+# evaluations an update). A run per seed, one thread each, 33 minutes in all on a busy core. RUNS says where run folders
+# go, SEEDS which seeds; start it again after an interruption: runs that were finished are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

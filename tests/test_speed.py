@@ -1,6 +1,7 @@
 """The benchmark's plain formulations give the scripts' numbers, and its floors count what they say."""
 
 import dataclasses
+import json
 import sys
 from types import SimpleNamespace
 
@@ -175,3 +176,19 @@ def test_the_command_measures_a_part_and_writes_it(monkeypatch, capsys):
     assert row["cpu_over_floor"] == row["cpu_seconds"] / (2 * row["floor_seconds"]) > 0
     assert row["compile_seconds"] > 0 and row["program_gb"] > 0
     assert any(line.startswith("encoding") for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_part_alone_leaves_the_memory_of_all_parts(monkeypatch, tmp_path):
+    def write(name, commands, runs, summary):
+        content = json.dumps({"commands": commands, "runs": runs, "summary": summary})
+        (tmp_path / "benchmark" / "results" / f"{name}.json").write_text(content)
+        written.update({run["label"]: run["metrics"] for run in runs})
+
+    written = {}
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    monkeypatch.setattr(speed.results, "write", write)
+    speed.add_results({"machine": {"gflops": 400.0, "peak_gb": 6.0}, "growth": {"seconds": 1.0}}, "paper", 3, 1)
+    speed.add_results({"machine": {"gflops": 300.0}, "encoding": {"seconds": 2.0}}, "paper", 3, 1)
+    assert written["paper/machine"] == {"gflops": 300.0, "peak_gb": 6.0}
+    assert written["paper/growth"] == {"seconds": 1.0} and written["paper/encoding"] == {"seconds": 2.0}
