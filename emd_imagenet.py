@@ -248,7 +248,8 @@ def check_args(args: Args) -> None:
     for name in ("batch_size", "teacher_batch_size")[: 0 if args.eval_only else 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
-        reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
+        reason = f"does not split into micro-batches of {micro} for each of {processes} processes"
+        reason += f": change it, or --micro-batch-size {args.micro_batch_size}"
         check(name, batch % (micro * processes) == 0, reason)
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
@@ -325,7 +326,7 @@ def load_imagenet(args: Args) -> Images:
     """Class folders or webdataset shards in --data-dir itself, never below train/ and val/. Raises UserError."""
     check, way_out = functools.partial(require, args, "data_dir"), "name ImageNet's train folder"
     root, found = Path(args.data_dir), []
-    shards, classes = sorted(root.glob("*.tar")), sorted(path for path in root.glob("*") if path.is_dir())
+    shards, classes = sorted(root.glob("*.tar")), sorted(path for path in root.glob("[!.]*") if path.is_dir())
     for shard in shards:
         with refuse(f"--data-dir {root}: {shard.name} is no readable shard", way_out):
             found += index_shard(shard)
@@ -493,8 +494,7 @@ class Denoiser(nn.Module):
         if mask_seed is not None:
             torch.manual_seed(mask_seed)  # whatever else draws from the global generator seeds it first
         inputs = (c_in * y).contiguous(memory_format=self.memory)
-        # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = self.unet(inputs, timestep.flatten(), labels, return_dict=False)[0]
         return output + predicted[:, : y.shape[1]].float()  # what follows is guided-diffusion's learned variance
 
@@ -873,6 +873,9 @@ def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
                     raise ValueError("its optimiser is of another kind")
                 stored = stored | {"param_groups": fresh["param_groups"]}
             part.load_state_dict(stored)
+            for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                # Fused updates walk through memory: a moment must lie as its parameter does, which a flag may change.
+                moments |= {key: torch.empty_like(p).copy_(x) for key, x in moments.items() if x.shape == p.shape}
 
 
 def accumulate(
@@ -1194,10 +1197,12 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict, teacher
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     require_paths(args, "data_dir", "features")
-    if args.eval_samples:  # what an evaluation cannot read is refused now, not after the last update
+    if args.eval_samples or (args.train_teacher and not args.resume):  # what cannot be read is refused now, before anything is trained
         load_images(args)
-        if args.features:
-            Features(args, None)
+    if args.eval_samples and args.features:
+        Features(args, None)
+    if args.compile:  # a network is compiled once for each use (gradients, dropout) and each batch size
+        torch._dynamo.config.recompile_limit = 64
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     teacher = None if args.train_teacher else load_teacher(args, args.teacher)
     run = Run(args, step, acc.is_main_process)

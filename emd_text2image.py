@@ -249,7 +249,8 @@ def check_args(args: Args) -> None:
     for name in ("batch_size", "teacher_batch_size")[: 0 if args.eval_only else 1 + args.train_teacher]:
         batch, processes = getattr(args, name), int(os.environ.get("WORLD_SIZE", "1"))
         micro = min(batch, args.micro_batch_size)
-        reason = f"is no multiple of --micro-batch-size {micro} times {processes} processes: change one of them"
+        reason = f"does not split into micro-batches of {micro} for each of {processes} processes"
+        reason += f": change it, or --micro-batch-size {args.micro_batch_size}"
         check(name, batch % (micro * processes) == 0, reason)
     fits = args.save_every % args.log_every == 0  # so that numbers are looked at before they are saved
     check("save_every", fits, f"is no multiple of --log-every {args.log_every}: make it one")
@@ -467,8 +468,7 @@ class Denoiser(nn.Module):
         x_t, guided = self.precondition(t)[2] * y, self.guidance != 1
         if guided:
             x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.empty.expand_as(text), text])
-        # Without its cache, autocast cannot hand weights that it cast under no_grad to a pass that needs gradients.
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.unet(x_t, t, text, return_dict=False)[0]
         out = out.to(y.dtype)
         return torch.lerp(*out.chunk(2), self.guidance) if guided else out
@@ -894,6 +894,9 @@ def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
                     raise ValueError("its optimiser is of another kind")
                 stored = stored | {"param_groups": fresh["param_groups"]}
             part.load_state_dict(stored)
+            for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                # Fused updates walk through memory: a moment must lie as its parameter does, which a flag may change.
+                moments |= {key: torch.empty_like(p).copy_(x) for key, x in moments.items() if x.shape == p.shape}
 
 
 def accumulate(

@@ -85,6 +85,22 @@ def test_the_mixtures_denoiser_gives_the_score_of_its_density(s):
 
 
 @pytest.mark.parametrize("vp", [False, True])
+def test_raw_outputs_of_a_mixture_mean_its_score_and_their_difference_that_of_denoisers(vp):
+    """In float64, at 1e-9: F of [EDM] Table 1 with sigma_data 0.5, or eps of the VP row, from one exact denoiser."""
+    q, p, labels = mixture(0), mixture(1), torch.zeros(20, dtype=torch.long)
+    teacher, score = (emd.Denoiser(settings(vp=vp), None, exact) for exact in (q, p))
+    y = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for s in (0.1, 0.75, 5.0):
+        sigma = torch.full((20, 1), s, dtype=torch.float64)
+        score_of_y = slope(lambda v, sigma=sigma: log_prob(q, v, sigma), y)
+        raw = teacher.raw(y, sigma, labels)
+        d = y - s * raw if vp else (0.25 * y + 0.5 * s * math.sqrt(s**2 + 0.25) * raw) / (s**2 + 0.25)
+        torch.testing.assert_close((d - y) / s**2, score_of_y, atol=1e-9, rtol=1e-9)
+        delta = emd.denoiser_difference(teacher, score, y, sigma, labels, None)
+        torch.testing.assert_close(delta, q(y, sigma) - p(y, sigma), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("vp", [False, True])
 def test_difference_of_raw_outputs_is_the_difference_of_denoisers(vp):
     args, teacher, score = tiny(vp=vp)
     _, z, eps, sigma, labels = draw(args)
@@ -588,6 +604,48 @@ def test_the_optimiser_is_adam_in_either_layout(channels_last):
             torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_optimiser_goes_on_exactly_in_the_other_layout(tmp_path):
+    """Fused updates read a parameter and its moments in the order of memory, which --channels-last changes."""
+    run, steps, after = emd.Run(settings(runs_dir=str(tmp_path)), 0, True), 0, {}
+    for layout, other in ((False, False), (False, True), (True, False)):
+        args, teacher, _ = tiny(channels_last=layout)
+        state = emd.init_state(args, teacher)
+        for update in range(1, 4):
+            if update == 3:
+                steps += 1
+                emd.save_checkpoint(run.folder, steps, state)
+                state = emd.init_state(*tiny(channels_last=other)[:2])
+                emd.restore(run.folder, state, emd.load_checkpoint(run.folder)[1])
+            net, adam = state["generator"], state["adam_generator"]
+            _, z, _, _, labels = draw(args, seed=update)
+            emd.generate(net, z, labels, args.sigma_star).pow(2).mean().backward()
+            adam.param_groups[0]["lr"] = 1e-2
+            adam.step(), adam.zero_grad()
+        after[layout, other] = net.state_dict()
+    for layouts in ((False, True), (True, False)):
+        for name, value in after[False, False].items():
+            torch.testing.assert_close(after[layouts][name], value, rtol=0, atol=1e-3)  # a tenth of an update
+
+
+def test_an_update_takes_the_mean_over_its_micro_batches_and_clips_its_norm():
+    weights, seen = nn.Parameter(torch.zeros(2)), []
+    adam, means = torch.optim.SGD([weights], lr=1.0), emd.Means(ACCELERATOR)
+
+    def loss_of(noise, count):
+        seen.append(noise.normal(count, 2))
+        return (weights * seen[-1]).sum(1).mean()
+
+    for clip in (0.0, 0.1):
+        before = weights.detach().clone()
+        emd.accumulate(settings(micro_batch_size=3), means, "generator", (2, 1), 12, loss_of, adam, 0.5, clip)
+        assert [len(part) for part in seen] == [3] * 4  # each with noise of its own
+        mean, seen = torch.cat(seen).mean(0), []
+        expected = mean * min(1.0, clip / mean.norm()) if clip else mean
+        torch.testing.assert_close(before - weights.detach(), 0.5 * expected, rtol=1e-4, atol=1e-6)
+        assert means.take()["losses/generator_grad_norm"] == pytest.approx(float(mean.norm()), rel=1e-4)
+        assert weights.grad is None
+
+
 def adm_forward(weights, x, timestep, labels, config, per_head):
     """A UNet of the ADM layout written out from OpenAI-format weights, for the key map to be compared with. Attention:
     heads of 64 channels and (three, head, channel) as in the EDM weights, or four and (head, three, channel).
@@ -1042,7 +1100,7 @@ def test_a_resumed_run_takes_the_betas_of_the_flags(copied, capsys, monkeypatch)
 
 def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(emd.UserError, match=r"--batch-size 8 is no multiple of --micro-batch-size 4 times 3 processes"):
+    with pytest.raises(emd.UserError, match=r"--batch-size 8 does not split .* 4 .* 3 processes: .* --micro-batch-size 4"):
         emd.check_args(settings())
     emd.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
 
