@@ -1197,7 +1197,7 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict, teacher
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
     require_paths(args, "data_dir", "features")
-    if args.eval_samples or (args.train_teacher and not args.resume):  # what cannot be read is refused now, before anything is trained
+    if args.eval_samples or (args.train_teacher and not args.resume):  # what cannot be read is refused now
         load_images(args)
     if args.eval_samples and args.features:
         Features(args, None)

@@ -289,24 +289,30 @@ def read_prompts(args: Args, flag: str) -> list[str]:
                 lines += [(line, file.suffix == ".jsonl") for line in file.read_bytes().splitlines()]
             elif file == path:
                 raise ValueError("it is of another kind" if path.exists() else "it does not exist")
-    captions: dict[str, None] = {}
+    captions: list[str] = []
+    known: set[str] = set()
     for raw, is_json in lines:
         try:
             text = raw.decode("utf-8-sig")
             if is_json and text.strip():
                 entry = json.loads(text)
                 text = next(entry[key] for key in ("caption", "prompt", "text") if isinstance(entry.get(key), str))
-        except (UnicodeDecodeError, json.JSONDecodeError, StopIteration, AttributeError) as error:
-            left_out["not UTF-8" if isinstance(error, UnicodeDecodeError) else "without a caption"] += 1
+            text.encode()  # JSON can hold half of a surrogate pair
+            if "\0" in text:
+                raise UnicodeError("it is UTF-16 or UTF-32")
+        except (ValueError, RecursionError, StopIteration, AttributeError) as error:
+            left_out["not UTF-8" if isinstance(error, UnicodeError) else "without a caption"] += 1
             continue
         text = " ".join(text.split())
-        left_out["empty"] += not text
-        left_out["duplicate"] += text in captions
-        captions |= {text: None} if text else {}
+        if not text or (text in known and flag == "prompts"):  # an evaluation takes a caption as often as it is there
+            left_out["duplicate" if text else "empty"] += 1
+        else:
+            captions.append(text)
+            known.add(text)
     report = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
     print(f"{path}: {len(captions):,} captions; left out: {report or 'none'}", flush=True)
     require(args, flag, bool(captions), "holds no caption: give one a line")
-    return list(captions)
+    return captions
 
 
 class Captions:
@@ -541,6 +547,9 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
             raise ValueError(f"it is a {type(pipe.unet).__name__} that predicts {kind}, not epsilon or v_prediction")
         if channels != pipe.vae.config.latent_channels:
             raise ValueError(f"its UNet reads {channels} channels: no text-to-image model")
+        needs = pipe.unet.config
+        if needs.addition_embed_type or needs.cross_attention_dim != pipe.text_encoder.config.hidden_size:
+            raise ValueError("its UNet needs more than, or other, features than those of its text encoder")
     cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
     require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
     last = len(noise_levels(pipe.scheduler)) - 1
@@ -998,7 +1007,7 @@ tags: [one-step, em-distillation]
 One-step generator distilled by EM Distillation (arXiv:2405.16852) from `{teacher}`; its licence is the teacher's.
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("FOLDER")
-    image = pipe("{caption}", num_inference_steps=1, guidance_scale=0).images[0]
+    image = pipe({caption!r}, num_inference_steps=1, guidance_scale=0).images[0]
 
 Averaged weights after {step:,} generator updates on {captions:,} captions. Other step counts than 1 and guidance are
 not supported. Settings, and scores measured by the script that trained it:
@@ -1013,7 +1022,9 @@ def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -
     """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
     folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
     parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
-    StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False).save_pretrained(aside)
+    pipe = StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False)
+    pipe.unet.register_to_config(sample_size=setup.shape[1])  # the size that a call makes if it names none
+    pipe.save_pretrained(aside)
     shown = [f.name for f in dataclasses.fields(args) if f.type is not str]  # a text may be a path of this machine
     scores = json.loads(scores.read_text()) if scores.exists() else {}
     facts = {"settings": {name: getattr(args, name) for name in ("preset", *shown)}}
@@ -1352,7 +1363,8 @@ def train(args: Args, acc: Accelerator) -> None:
         if args.clip:
             load_clip(args)
         if args.reference:
-            next(load_reference(args))
+            for _ in load_reference(args):
+                pass
         if args.eval_prompts:
             read_prompts(args, "eval_prompts")
     pipe = None if args.train_teacher else load_pipeline(args, args.teacher)
@@ -1396,8 +1408,9 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         generator = torch.Generator("cpu").manual_seed(args.seed)
         how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}
         images = pipe([args.generate] * 8, height=args.image_size, width=args.image_size, **how).images
-        run.media(args.seed, "generated", np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
-        return print(f"{run.folder / 'media' / f'generated_{args.seed}.png'}")
+        name = f"generated_{re.sub('[^a-z0-9]+', '_', args.generate.lower())[:60]}"
+        run.media(args.seed, name, np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
+        return print(f"{run.folder / 'media' / f'{name}_{args.seed}.png'}")
     require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
@@ -1430,12 +1443,14 @@ def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[st
             part.register_forward_hook(functools.partial(note, outputs, block))
     unet(latent, torch.zeros(len(latent)), text)
     peak = outputs.total() + max(inside.values()) if args.checkpointing else inside.total()
+    cast = 0 if args.checkpointing or args.dtype == "fp32" else 2 * weights  # kept for the backward pass
     return {
         "teacher's UNet": weights * size,
         "generator, its average, score network": 3 * 4 * weights,
         "gradients, of one network at a time": 4 * weights,
         "optimisers": 2 * 4 * weights * (2 if args.beta1 else 1),
         "activations of a micro-batch": peak,
+        "weights of a pass in bf16": cast,
     }
 
 

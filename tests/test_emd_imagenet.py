@@ -1100,7 +1100,7 @@ def test_a_resumed_run_takes_the_betas_of_the_flags(copied, capsys, monkeypatch)
 
 def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(emd.UserError, match=r"--batch-size 8 does not split .* 4 .* 3 processes: .* --micro-batch-size 4"):
+    with pytest.raises(emd.UserError, match=r"--batch-size 8 .* of 4 .* 3 processes: .* --micro-batch-size 4"):
         emd.check_args(settings())
     emd.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
 

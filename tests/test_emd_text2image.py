@@ -2,6 +2,7 @@
 The estimator itself is a shared block: its known answers are in test_emd_imagenet.py.
 """
 
+import ast
 import dataclasses
 import io
 import json
@@ -254,7 +255,7 @@ def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
     pipe = t2i.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     z = normal(2, 4, 8, 8)
-    how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt", "height": 32, "width": 32}
+    how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
     found = pipe(TEXTS[:2], latents=z, **how).images
     ours = t2i.generate(average, z, setup.captions(torch.arange(2)), args.t_star)
     expected = (t2i.decode(setup.pipe, ours) / 2 + 0.5).clamp(0, 1)
@@ -263,6 +264,13 @@ def test_plain_diffusers_makes_the_scripts_own_picture(predicted, tmp_path):
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "num_inference_steps=1" in card and "not evaluated" in card and "7 generator updates" in card
     assert (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    quoted = types.SimpleNamespace(texts=['he said "a cat"'])
+    setup = dataclasses.replace(setup, shape=(4, 16, 16), captions=quoted)  # distilled at another size than taught
+    t2i.export(args, run, setup, average, 8)
+    pipe = t2i.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe(TEXTS[0], **how).images.shape[-2:] == (64, 64)
+    (call,) = re.findall(r"= pipe\((.*), num_inference", (tmp_path / "pipeline" / "README.md").read_text())
+    assert ast.literal_eval(call) == 'he said "a cat"'
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -326,7 +334,15 @@ def test_prompt_files_are_read_and_what_is_left_out_is_said(tmp_path, capsys):
     assert "3 captions; left out: 3 without a caption" in said
     everything = t2i.read_prompts(settings(prompts=str(tmp_path)), "prompts")
     assert everything == ["a cat", "a dog", "été", "a bird", "a fish", "a horse"]
-    for name, content in (("empty.txt", b"\n\n"), ("latin.txt", b"\xe9\n"), ("broken.tar", b"no archive")):
+    asked = t2i.read_prompts(settings(eval_prompts=str(tmp_path / "a.txt")), "eval_prompts")
+    assert asked == ["a cat", "a dog", "a cat", "été"]  # an evaluation's captions count as often as they are there
+    lines = ['{"text": "a cat \\ud83d"}', '{"text": "a cow"}', "1" * 5000, "[" * 10**5]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    capsys.readouterr()
+    assert t2i.read_prompts(settings(prompts=str(tmp_path / "d.jsonl")), "prompts") == ["a cow"]
+    assert "left out: 1 not UTF-8, 2 without a caption" in capsys.readouterr().out
+    wide = ("wide.txt", "a cat\na dog\n".encode("utf-16"))
+    for name, content in (("empty.txt", b"\n\n"), ("latin.txt", b"\xe9\n"), ("broken.tar", b"no archive"), wide):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(t2i.UserError, match=f"--prompts .*{name}"):
             t2i.read_prompts(settings(prompts=str(tmp_path / name)), "prompts")
@@ -558,7 +574,7 @@ def test_eval_only_repeats_the_scores_and_generate_draws_a_caption(copied, capsy
     pipe = t2i.StableDiffusionPipeline.from_pretrained(copied / "pipeline")
     how = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pil", "height": 32, "width": 32}
     expected = pipe([TEXTS[0]] * 8, generator=torch.Generator("cpu").manual_seed(7), **how).images
-    found = np.asarray(t2i.Image.open(copied / "media" / "generated_7.png")).astype(int)
+    found = np.asarray(t2i.Image.open(copied / "media" / f"generated_{TEXTS[0].replace(' ', '_')}_7.png")).astype(int)
     assert found.std() > 1
     np.testing.assert_allclose(found, np.concatenate(expected, axis=1), rtol=0, atol=1)
 
@@ -580,6 +596,12 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
 def test_what_an_evaluation_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(t2i, "train_teacher", lambda *inputs: False)
     (tmp_path / "empty.txt").write_text("\n")
+    for i, text in enumerate(TEXTS + TEXTS[:2]):
+        t2i.Image.fromarray(pictures([text])[0].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    (tmp_path / "8.png").write_bytes(b"no picture")  # the last one that is read
+    flags = ["--preset", "smoke", "--reference", tmp_path, "--runs-dir", tmp_path / "runs"]
+    code, error = run_main(capsys, *flags)
+    assert code == 2 and "8.png cannot be read" in error and not (tmp_path / "runs").exists()
     for flag, message in (
         ("--eval-prompts", "holds no caption"),
         ("--features", "cannot be loaded"),
@@ -611,7 +633,7 @@ def test_a_full_disk_is_refused_before_anything_is_trained_or_encoded(teacher_fo
 
 def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(t2i.UserError, match=r"--batch-size 4 does not split .* 2 .* 3 processes: .* --micro-batch-size 2"):
+    with pytest.raises(t2i.UserError, match=r"--batch-size 4 .* of 2 .* 3 processes: .* --micro-batch-size 2"):
         t2i.check_args(settings())
     t2i.check_args(settings(batch_size=6, train_teacher=False, teacher="FOLDER", prompts="FILE"))
     t2i.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
@@ -711,8 +733,14 @@ def test_the_papers_plan(capsys):
     assert "no autoencoder counted" in printed
     t2i.dry_run(t2i.PRESETS["single-gpu"])
     printed = capsys.readouterr().out
-    (total,) = re.findall(r"memory: +([\d.]+) GB  in all", printed)
-    assert 20 < float(total) < 25.7  # 24 GiB
+    rows = [float(row) for row in re.findall(r"memory: +([\d.]+) GB", printed)]
+    gb = 859_520_964 / 1e9  # teacher in bf16, three networks and a gradient in fp32, two second moments
+    assert rows[:4] == pytest.approx([2 * gb, 12 * gb, 4 * gb, 8 * gb], abs=1e-3)
+    assert 0.1 < rows[4] < 0.5 and rows[5] == 0  # activations of two pictures, of which few are kept
+    assert rows[6] == pytest.approx(sum(rows[:6]), abs=0.005) and rows[6] < 25.7  # 24 GiB
+    t2i.dry_run(t2i.Args(dtype="bf16"))
+    cast = re.findall(r"memory: +([\d.]+) GB", capsys.readouterr().out)[5]
+    assert float(cast) == pytest.approx(2 * gb, abs=1e-3)
     assert "38 forward passes of 64" in printed
 
 
@@ -779,6 +807,8 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
     (foreign / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "sample"}))
     short = Path(shutil.copytree(teacher_folder, tmp_path / "short"))
     (short / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"num_train_timesteps": 600}))
+    wide = Path(shutil.copytree(teacher_folder, tmp_path / "wide"))
+    t2i.make_unet(settings(text_width=64)).save_pretrained(wide / "unet")
     damaged = Path(shutil.copytree(teacher_folder, tmp_path / "damaged"))
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
     cases = [
@@ -786,6 +816,7 @@ def test_a_teacher_that_is_missing_foreign_or_does_not_fit_is_one_sentence(teach
         (["--teacher", tmp_path / "nowhere"], "nowhere cannot be loaded"),
         (["--teacher", foreign], "predicts sample"),
         (["--teacher", damaged], "damaged cannot be loaded"),
+        (["--teacher", wide], "its UNet needs more than, or other, features"),
         (["--teacher", teacher_folder, "--image-size", 36], "--image-size 36 is no multiple of 8"),
         (
             ["--teacher", short, "--t-max", 500, "--t-star", 700],
