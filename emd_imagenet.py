@@ -159,11 +159,11 @@ class Args:
 # fmt: off
 PRESETS = {
     "paper": Args(),
-    "imagenet128": Args(
+    "imagenet128": Args(  # DEVIATION(imagenet128 preset)
         preset="imagenet128", total_steps=200_000, image_size=128, unet_channels=(256, 256, 512, 768, 1024),
         unet_layers=2, batch_size=1024,
     ),
-    "cpu": Args(
+    "cpu": Args(  # DEVIATION(cpu preset)
         preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
         teacher_batch_size=64, teacher_lr=1e-3, unet_channels=(16, 32, 32), unet_layers=1, unet_attention=1,
         dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4, ema=0.998,
@@ -378,7 +378,7 @@ def precondition(sigma: Tensor, vp: bool = False) -> tuple[Tensor, Tensor, Tenso
     timestep 1000 c_noise = 250 ln s, as in OpenAI's weights. Or of a network that predicts eps from x_t = alpha y on
     1000 linear steps: its time is where ln s lies between those of the steps.
     """
-    if vp:
+    if vp:  # DEVIATION(vp)
         levels, log_s = VP_LEVELS.to(sigma), sigma.log()
         above = torch.searchsorted(levels, log_s).clamp(1, 999)
         time = above - 1 + (log_s - levels[above - 1]) / (levels[above] - levels[above - 1])
@@ -595,7 +595,7 @@ def e_step(
         if args.moves_z:
             pull = (offset if in_x else delta) / sigma**2
             drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
-            # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
+            # DEVIATION(z_clip): 1/s^2 explodes at low noise, so a sample's drift is shortened; how often is logged.
             size = rms(drift)
             drift = drift * (args.z_clip / size.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
             clipped = clipped + (size > args.z_clip)
@@ -1072,7 +1072,9 @@ class Evaluator:
 
 # --- Training ---
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
-    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end."""
+    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end.
+    DEVIATION(teacher's training): shorter than theirs.
+    """
     net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
     average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters(), fused=True)
     if args.compile:
@@ -1122,7 +1124,8 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
 
     def generator_loss(noise: Noise, count: int) -> Tensor:
         labels, z = draw(noise, count)
-        sigma, eps = draw_sigma(args, noise, count).clamp(min=args.sigma_min), noise.normal_like(z)
+        sigma, eps = draw_sigma(args, noise, count), noise.normal_like(z)
+        sigma = sigma.clamp(min=args.sigma_min)  # DEVIATION(sigma_min)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
         g = functools.partial(generate, generator, labels=labels, sigma_star=args.sigma_star)

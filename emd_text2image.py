@@ -159,11 +159,11 @@ class Args:
 # fmt: off
 PRESETS = {
     "paper": Args(),
-    "single-gpu": Args(
+    "single-gpu": Args(  # DEVIATION(single-gpu preset)
         preset="single-gpu", dtype="bf16", k=4, batch_size=64, micro_batch_size=2, score_updates=2, max_grad_norm=10.0,
         checkpointing=True,
     ),
-    "cpu": Args(
+    "cpu": Args(  # DEVIATION(cpu preset)
         preset="cpu", total_steps=2000, train_teacher=True, vae_steps=3000, vae_lr=2e-3, teacher_steps=6000,
         teacher_batch_size=32, teacher_lr=1e-3, prediction="v_prediction", image_size=32, unet_channels=(48, 96),
         unet_layers=1, text_width=64, text_layers=2, vae_channels=(16, 32, 32), guidance=1.0, generator_lr=5e-5,
@@ -633,7 +633,7 @@ def e_step(
         if args.moves_z:
             pull = (offset if in_x else delta) / sigma**2
             drift = args.gamma_z * torch.autograd.grad(x, z, pull.to(x.dtype))[0]
-            # 1/s^2 explodes at low noise: the drift of a sample is shortened to --z-clip, and how often is logged.
+            # DEVIATION(z_clip): 1/s^2 explodes at low noise, so a sample's drift is shortened; how often is logged.
             size = rms(drift)
             drift = drift * (args.z_clip / size.clamp(min=args.z_clip)).view(-1, *[1] * (z.ndim - 1))
             clipped = clipped + (size > args.z_clip)
@@ -1297,6 +1297,7 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
 
     def generator_loss(noise: Noise, count: int) -> Tensor:
         text, z = draw_inputs(noise, count)
+        # DEVIATION(t range): neither of the schedule's ends.
         t, eps = args.t_min + noise.integers(args.t_max - args.t_min + 1, count), noise.normal_like(z)
         # 2. E-step. While z moves the parameters are frozen, so that only gradients of z are computed.
         generator.requires_grad_(not args.moves_z)
@@ -1346,7 +1347,7 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list, saved: 
     state = init_state(args, teacher)
     if "generator" in saved:
         restore(run.folder, state, saved)
-    teacher.guidance, teacher.empty = args.guidance, captions.empty
+    teacher.guidance, teacher.empty = args.guidance, captions.empty  # DEVIATION(guidance): the paper's is not known
     teacher.store_bf16()
     side = args.image_size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     return Setup(pipe, teacher, captions, (pipe.unet.config.in_channels, side, side), args.ddim_steps), state

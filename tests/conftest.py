@@ -87,6 +87,25 @@ def assert_two_processes_equal_one(one: Path, two: Path, evaluate) -> None:
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
 
 
+def assert_golden(script: str, run: Path, keys: dict[int, list[str]]) -> None:
+    """The logged `keys` of a run at some steps are those of the script's golden file, so that a change of results is
+    never unnoticed. UPDATE_GOLDEN=1 writes them anew.
+    """
+    golden, lines = Path(__file__).with_name(f"golden_{script}.json"), metrics_of(run)
+    by_step = {line["step"]: line for line in reversed(lines)}  # not an evaluation, which comes after its step's line
+    found = {f"{key} at {step}": by_step[step][key] for step in keys for key in keys[step]}
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(json.dumps(found, indent=2) + "\n")
+    how = "UPDATE_GOLDEN=1 python -m pytest -k golden"
+    assert golden.exists(), f"{golden.name} is missing; write it with\n    {how}"
+    # Other processors sum in another order: 1e-3 leaves room for that, and for no real change.
+    assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-3, abs=1e-5), (
+        "The smoke run gives other numbers. Updating them is right only if this change was meant to alter the "
+        "algorithm, its settings, its random draws, or the versions it runs on, and the reason is in the commit "
+        f"message; a change that was to make it faster or shorter has a bug. To update:\n    {how}"
+    )
+
+
 def run_script(folder: Path, *flags: str, **options) -> SimpleNamespace:
     """Runs it to its end: exit code, stdout, stderr and the run folder that it made, if it made one."""
     process = start_script(folder, *flags, **options)

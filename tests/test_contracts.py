@@ -22,7 +22,7 @@ import emd_text2image as t2i
 import ppo_cnnrnn_craftax as ppo
 import twm_dyna_craftax as twm
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SCRIPTS, DOCS = sorted(ROOT.glob("*.py")), ROOT / "docs"
 MODULES = pytest.mark.parametrize("module", [twm, ppo, emd, t2i], ids=lambda module: module.__name__)
 
 # Which scripts carry a copy of which shared block. A script that comes later is added to the blocks it shares.
@@ -42,6 +42,15 @@ EXPECTED_BLOCKS = {
     "main": EMD,
 }
 BLOCK = re.compile(r"^ *# --- shared block: (.+?) ---\n(.*?)^ *# --- end shared block: \1 ---$", re.M | re.S)
+
+
+def test_deviations_in_the_code_are_those_of_the_page():
+    names = {
+        path: set(re.findall(r"DEVIATION\(([^)]+)\)", path.read_text())) for path in [*SCRIPTS, *DOCS.glob("*.md")]
+    }
+    for script in SCRIPTS:
+        told = names[DOCS / f"{script.stem}.md"] or names[DOCS / "twm_dyna_craftax.md"]  # the agent underneath: there
+        assert names[script] == told != set(), script.name
 
 
 def test_shared_blocks_are_byte_identical():

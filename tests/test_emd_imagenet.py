@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    assert_golden,
     assert_same_tensors,
     assert_two_processes_equal_one,
     documented_keys,
@@ -37,6 +38,7 @@ from torch import nn
 import emd_imagenet as emd
 
 UNCLIPPED = 1e9
+STATE = ("score", "average", "adam_generator", "adam_score")  # and the generator
 ACCELERATOR = emd.Accelerator(cpu=True)
 
 
@@ -573,10 +575,10 @@ def test_the_average_ramps_up_to_its_half_life():
 
 
 def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
-    rates = {"denoising": [], "generator": []}
-    monkeypatch.setattr(emd, "accumulate", lambda *how: rates[how[2]].append(how[7]))
-    monkeypatch.setattr(emd, "update_ema", lambda *nets: None)
-    state = dict.fromkeys(("generator", "score", "average", "adam_generator", "adam_score"))
+    rates, order = {"denoising": [], "generator": []}, []
+    monkeypatch.setattr(emd, "accumulate", lambda *how: (order.append(how[2]), rates[how[2]].append(how[7])))
+    monkeypatch.setattr(emd, "update_ema", lambda *nets: order.append("average"))
+    state = dict.fromkeys(("generator", *STATE))
     for anneal in (False, True):
         args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, anneal_learning_rate=anneal)
         for step in range(1, 9):
@@ -584,6 +586,33 @@ def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
     constant, last_half = [0.1] * 8, [0.1, 0.075, 0.05, 0.025]
     assert rates["generator"] == pytest.approx(constant + [0.1] * 4 + last_half)
     assert rates["denoising"] == [0.5] * 16
+    assert order == ["denoising", "generator", "average"] * 16
+
+
+def test_a_chain_has_raised_noise_levels_and_a_dropout_mask_for_each_evaluation(monkeypatch):
+    seen, seeds, args = [], [], settings(sigma_min=0.2)
+
+    def chain(g, difference, z, eps, sigma, normal_like, args):
+        seen.append(sigma.flatten())
+        for _ in range(3):
+            difference(z, sigma)
+        raise StopIteration
+
+    def draw_only(args, means, name, key, total, loss_of, optimizer, lr, clip=0.0):
+        if name == "generator":
+            loss_of(emd.Noise("cpu", 1), 20_000)
+
+    monkeypatch.setattr(emd, "e_step", chain)
+    monkeypatch.setattr(emd, "denoiser_difference", lambda *how: seeds.append(how[5]))
+    monkeypatch.setattr(emd, "accumulate", draw_only)
+    with pytest.raises(StopIteration):
+        emd.train_iteration(args, None, {"generator": nn.Linear(1, 1)} | dict.fromkeys(STATE), 1, None)
+    log_sigma = seen[0].log()
+    assert log_sigma.min() == pytest.approx(math.log(0.2), abs=1e-6)
+    least = 0.5 * (1 + math.erf((math.log(0.2) + 1.2) / 1.2 / math.sqrt(2)))  # of a normal draw to lie below
+    assert (log_sigma <= math.log(0.2) + 1e-6).float().mean() == pytest.approx(least, abs=0.015)
+    assert log_sigma.median() == pytest.approx(-1.2, abs=0.04)
+    assert len(set(seeds)) == 3 and all(type(seed) is int for seed in seeds)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -853,10 +882,14 @@ def test_a_ring_of_modes_is_learnt_without_losing_any():
     print(before, after, means.take())
     assert before[0] < 0.15
     assert after[0] > 0.5 and after[1] == 8 and after[2] < 0.2
-    # The student score network knows the student's samples better than the teacher does.
-    x, nets = emd.generate(state["generator"], z, labels, 1.0).detach(), (state["score"], teacher)
-    losses = [emd.denoising_loss(args, net, x, labels, emd.Noise("cpu", 7)).item() for net in nets]
-    assert losses[0] < losses[1], losses
+    # The student score network knows the student's samples: its loss is on the way from the teacher's to the floor,
+    # that of the exact denoiser of samples like them (a narrow kernel around each of 4,000 others).
+    x, others = (emd.generate(state["generator"], at, labels, 1.0).detach() for at in (z, normal_from(10)(z)))
+    exact = emd.Denoiser(args, None, emd.GaussianMixture(others.flatten(1), 0.03, torch.full((4000,), 1 / 4000)))
+    nets = (state["score"], teacher, exact)
+    score, taught, floor = (emd.denoising_loss(args, net, x, labels, emd.Noise("cpu", 7)).item() for net in nets)
+    print(score, taught, floor)
+    assert floor < score < taught - 0.25 * (taught - floor), (score, taught, floor)  # 0.35 of the way, as measured
 
 
 # --- T8: an exact teacher of 64 dimensions ---
@@ -935,6 +968,12 @@ def test_logged_keys_are_the_documented_keys(smoke):
     assert logged <= documented, f"logged but not documented: {sorted(logged - documented)}"
     assert documented - logged <= {"perf/peak_device_memory_gb", "chain/residual_rms_s0", "chain/residual_rms_s1"}
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
+
+
+def test_golden_numbers_of_the_first_updates(smoke):
+    losses = [f"losses/{name}{norm}" for name in ("denoising", "generator") for norm in ("", "_grad_norm")]
+    student = [*losses, "chain/delta_rms", "chain/z_norm", "chain/residual_rms_s0.3"]
+    assert_golden("emd_imagenet", smoke, {2: losses[:2], 20: losses[:2], 22: student, 24: student})
 
 
 def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain(copied, capsys, monkeypatch):
@@ -1168,6 +1207,7 @@ IMAGENET += ["--teacher-steps", 2]
 
 def test_image_folders_are_read_and_broken_images_named(tmp_path, capsys):
     random = np.random.default_rng(0)
+    (tmp_path / "data" / ".cache").mkdir(parents=True)  # is no class
     for name in ("n01", "n02"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(12):
@@ -1271,6 +1311,7 @@ BAD = [
     (["--preset", "cpu", "--no-train-teacher", "--teacher", "x", "--data-dir", "/"], "--data-dir /"),  # needed last
     (["--teacher", "/nowhere", "--eval-samples", 0], "--teacher /nowhere"),
     ([*IMAGENET, "--data-dir", "/nowhere"], "--data-dir /nowhere"),
+    ([*IMAGENET, "--data-dir", ROOT / "docs" / "media"], "media holds neither class folders"),
     (IMAGENET, "--data-dir  is empty"),
     (["--teacher", "x", "--data-dir", "x"], "--features  is empty"),
     (["--preset", "smoke", "--resume", "a", "--eval-only", "b"], "exclude each other"),

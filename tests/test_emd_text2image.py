@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no te
 import torch
 from conftest import (
     ROOT,
+    assert_golden,
     assert_same_tensors,
     assert_two_processes_equal_one,
     documented_keys,
@@ -503,6 +504,15 @@ def test_logged_keys_are_the_documented_keys(smoke):
     sometimes |= {f"eval/diversity_in_place{ratio}" for ratio in ("", "_ratio")}  # if a pair is in its place
     assert documented - logged <= sometimes
     assert all(f"`{re.sub('_[0-9]+', '_*', path.name)}`" in page for path in (smoke / "media").iterdir())
+
+
+def test_golden_numbers_of_the_first_updates(smoke):
+    losses = {
+        name: [f"losses/{name}", f"losses/{name}_grad_norm"] for name in ("autoencoder", "denoising", "generator")
+    }
+    student = [*losses["denoising"], *losses["generator"], "chain/delta_rms", "chain/z_norm"]
+    keys = {2: losses["autoencoder"], 6: losses["denoising"], 8: losses["denoising"], 10: student, 12: student}
+    assert_golden("emd_text2image", smoke, keys)
 
 
 def test_diversity_is_the_mean_distance_of_kept_pictures_of_one_caption():
