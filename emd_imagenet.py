@@ -1290,9 +1290,10 @@ def main() -> None:
         (evaluate if args.eval_only else train)(args, acc)
         acc.end_training()  # a process group whose threads outlive the interpreter may abort it
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not (full or isinstance(error, UserError) or error.errno == errno.EPIPE):
             raise
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}{'; make room, then --resume the run' * full}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -373,7 +373,7 @@ class Policy(nn.Module):
     def __call__(self, frames: Array, resets: Array, hidden: Array) -> tuple[Array, Array, Array]:
         args, dtype = self.args, self.args.compute_dtype
 
-        def dense(features, scale):
+        def dense(features, scale, dtype=dtype):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
         name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # Flax draws initial weights by it
@@ -390,7 +390,7 @@ class Policy(nn.Module):
             x = nn.relu(dense(args.tower_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
             for _ in range(2):
                 x = x + nn.relu(dense(args.tower_size, 0.01)(x))
-            return dense(outputs, out_scale)(nn.LayerNorm(dtype=dtype)(x)).astype(jnp.float32)
+            return dense(outputs, out_scale, jnp.float32)(nn.LayerNorm(dtype=dtype)(x))
 
         return tower(NUM_ACTIONS, 0.01), tower(1, 1.0)[..., 0], hidden
 
@@ -968,9 +968,10 @@ def main() -> None:
         else:
             train(args)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not (full or isinstance(error, UserError) or error.errno == errno.EPIPE):
             raise
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}{'; make room, then --resume the run' * full}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -424,7 +424,7 @@ class Policy(nn.Module):
     def __call__(self, frames: Array, resets: Array, hidden: Array) -> tuple[Array, Array, Array]:
         args, dtype = self.args, self.args.compute_dtype
 
-        def dense(features, scale):
+        def dense(features, scale, dtype=dtype):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
         name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # Flax draws initial weights by it
@@ -441,7 +441,7 @@ class Policy(nn.Module):
             x = nn.relu(dense(args.tower_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
             for _ in range(2):
                 x = x + nn.relu(dense(args.tower_size, 0.01)(x))
-            return dense(outputs, out_scale)(nn.LayerNorm(dtype=dtype)(x)).astype(jnp.float32)
+            return dense(outputs, out_scale, jnp.float32)(nn.LayerNorm(dtype=dtype)(x))
 
         return tower(NUM_ACTIONS, 0.01), tower(1, 1.0)[..., 0], hidden
 
@@ -861,7 +861,7 @@ class WorldModel(nn.Module):
         normal, lecun = nn.initializers.normal(0.02), nn.initializers.lecun_normal()
         self.token_table = self.param("token_table", normal, (args.codebook_size, args.wm_size))
         self.action_table = self.param("action_table", normal, (NUM_ACTIONS, args.wm_size))
-        if args.wm_rewarded_actions:  # "do" has eleven achievements, any other action one
+        if args.wm_rewarded_actions:  # "do" has eleven achievements; what is booked on another is seldom more than one
             self.rewarded_table = self.param("rewarded_table", normal, (NUM_ACTIONS, 12, args.wm_size))
         self.blocks = [TransformerBlock(args) for _ in range(args.wm_layers)]
         self.norm, self.drop = nn.LayerNorm(epsilon=1e-5, dtype=dtype), nn.Dropout(args.wm_dropout)
@@ -869,7 +869,7 @@ class WorldModel(nn.Module):
         self.token_hidden, self.reward_hidden, self.done_hidden = hidden
         self.token_kernel = self.param("token_kernel", lecun, (args.wm_size, args.codebook_size))
         self.token_bias = self.param("token_bias", nn.initializers.zeros, (args.codebook_size,))
-        self.reward_out, self.done_out = (nn.Dense(2, dtype=dtype) for _ in range(2))
+        self.reward_out, self.done_out = (nn.Dense(2, dtype=jnp.float32) for _ in range(2))
 
     def embed(self, tokens: Array, actions: Array, rewarded: Array | None) -> Array:
         """Int[B, T, 81], Int[B, T], UInt8[B, T, 17] -> Float[B * T * 82, d]."""
@@ -884,11 +884,12 @@ class WorldModel(nn.Module):
     def read_out(self, x: Array, batch: int, vocab: int, size: Array) -> tuple[Array, Array, Array]:
         x = self.norm(x).reshape(batch, -1, BLOCK, x.shape[-1])
         cells, action = nn.relu(self.token_hidden(x[:, :, :-1].reshape(-1, x.shape[-1]))), x[:, :, -1]
-        logits = cells @ self.token_kernel[:, :vocab].astype(x.dtype) + self.token_bias[:vocab]
-        logits = logits.reshape(batch, -1, BLOCK - 1, vocab).astype(jnp.float32)
+        kernel = self.token_kernel[:, :vocab].astype(x.dtype)
+        logits = jnp.matmul(cells, kernel, preferred_element_type=jnp.float32) + self.token_bias[:vocab]
+        logits = logits.reshape(batch, -1, BLOCK - 1, vocab)
         logits = jnp.where(jnp.arange(vocab) < size, logits, -1e30)
-        reward = self.reward_out(nn.relu(self.reward_hidden(action))).astype(jnp.float32)
-        return logits, reward, self.done_out(nn.relu(self.done_hidden(action))).astype(jnp.float32)
+        reward, done = nn.relu(self.reward_hidden(action)), nn.relu(self.done_hidden(action))
+        return logits, self.reward_out(reward), self.done_out(done)
 
     def __call__(
         self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True, rewarded: Any = None
@@ -937,7 +938,7 @@ def init_world_model(args: Args, key: Array) -> Learner:
 def world_model_loss(
     params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None
 ) -> tuple[Array, dict]:
-    """[TWM] cross-entropies of next tokens, reward class (1 for an achievement; health terms are dropped) and
+    """[TWM] cross-entropies of next tokens, reward class (1 from 0.5 on: an achievement, less health lost) and
     termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
     --wm-inventory-weight enters "loss" only. key: of dropout; None: without.
     """
@@ -1563,9 +1564,10 @@ def main() -> None:
         else:
             train(args)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EPIPE):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not (full or isinstance(error, UserError) or error.errno == errno.EPIPE):
             raise
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}{'; make room, then --resume the run' * full}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,6 +4,7 @@ is free. Most of this reads sources; nothing is compiled.
 
 import ast
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPT, documented_keys, metrics_of
+from conftest import ROOT, SCRIPT, documented_keys, metrics_of, run_main
 
 import emd_imagenet as emd
 import emd_text2image as t2i
@@ -254,6 +255,26 @@ def test_a_signal_in_the_middle_of_a_print_asks_to_stop(module, monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@MODULES
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EACCES"])
+def test_what_cannot_be_written_for_lack_of_room_is_one_sentence(module, name, monkeypatch, capsys, tmp_path):
+    """Wherever it happens: in a log, a picture, an evaluation. Another error of the system keeps its traceback."""
+
+    def fail(*inputs):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "runs/RUN/metrics.jsonl")
+
+    monkeypatch.setattr(module, "train", fail)
+    flags = ["--preset", "smoke", "--runs-dir", tmp_path]
+    if name == "EACCES":
+        with pytest.raises(PermissionError):
+            run_main(module, capsys, *flags)
+    else:
+        code, _, error = run_main(module, capsys, *flags)
+        (line,) = error.splitlines()
+        assert code == 2 and line.startswith(f"{module.__name__}.py: error: [Errno ")
+        assert line.endswith("'runs/RUN/metrics.jsonl'; make room, then --resume the run")
 
 
 def test_the_readme_knows_the_scripts_and_their_lengths():

@@ -129,8 +129,11 @@ def finish(processes):
 
 @pytest.mark.parametrize("script", ["twm_dyna_craftax.py", "ppo_cnnrnn_craftax.py"])
 def test_two_processes_stop_together_go_on_and_equal_one(script, tmp_path):
-    """With evaluation and media; a signal that reaches one of them stops both, saved."""
-    flags, script = ("--preset", "smoke", "--total-steps", 48), ROOT / script
+    """With evaluation, media, a falling step size and, where there is one, a world model beyond the paper's; a signal
+    that reaches one of them stops both, saved.
+    """
+    flags, script = ["--preset", "smoke", "--total-steps", 48, "--anneal-learning-rate"], ROOT / script
+    flags += BEYOND * (script.name == "twm_dyna_craftax.py")
     (tmp_path / "one").mkdir()
     one = run_script(tmp_path / "one", *flags, script=script)
     assert one.code == 0, one.err
