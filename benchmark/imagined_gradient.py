@@ -163,6 +163,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", type=int, default=40, help="of rollouts, two at least, for each variant")
     flags = parser.parse_args(argv)
     folder, started = Path(flags.folder), time.perf_counter()
+    if flags.batches < 2:  # noise is what two of them differ by
+        sys.exit(f"imagined_gradient.py: --batches {flags.batches} is too few: give two or more")
     try:
         args = twm.parse_args(["--eval-only", flags.folder])
         state = twm.load_checkpoint("--eval-only", folder, twm.init_state(args))

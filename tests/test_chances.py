@@ -2,6 +2,8 @@
 hand-made record.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,19 @@ def test_the_table_of_a_hand_made_record():
     assert result["achievements"]["collect_coal"] == {
         "unlocked": 0, "chance": 0, "taken": None, "remembered": None, "shown": None,
     }  # fmt: skip
+
+
+def test_a_run_folder_is_asked_from_the_command_line(smoke_run, monkeypatch, capsys):
+    written = {}
+    monkeypatch.setattr(chances.results, "commit_of", lambda script: None)
+    monkeypatch.setattr(chances.results, "write", lambda *parts: written.update(zip("ncrs", parts, strict=True)))
+    chances.main([str(smoke_run.folder), "try", "--rollouts", "90"])
+    assert written["c"] == [f"python benchmark/chances.py runs/{smoke_run.folder.name} try --rollouts 90"]
+    (run,) = json.loads(json.dumps(written["r"], allow_nan=False))
+    assert run["steps"] == 96 and run["seed"] == 1 and run["metrics"]["episodes"] > 0
+    assert [*run["metrics"]["achievements"]] == ppo.ACHIEVEMENTS
+    sapling = run["metrics"]["achievements"]["collect_sapling"]  # grass is where an episode begins
+    assert sapling["chance"] > 0.5 and 0 < sapling["taken"] < 0.2 and 0 <= sapling["unlocked"] <= sapling["chance"]
+    assert "collect_sapling" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no whole episode"):
+        chances.main([str(smoke_run.folder), "try", "--rollouts", "1"])

@@ -109,3 +109,20 @@ def test_every_variant_is_compared_with_the_environment(rollouts, monkeypatch, c
     assert table["all"]["reward_rate"] * 16 * 2 % 1 == pytest.approx(
         0, abs=1e-3
     )  # of 2 batches of 4 rollouts of 4 steps
+
+
+def test_a_run_folder_is_measured_from_the_command_line(smoke_run, monkeypatch):
+    written, asked, results = {}, [], imagined_gradient.results
+    monkeypatch.setattr(results, "commit_of", lambda script: None)
+    monkeypatch.setattr(results, "write", lambda *parts: written.update(zip("ncrs", parts, strict=True)))
+    monkeypatch.setattr(imagined_gradient, "measure", lambda *given: asked.append(given) or {"all": {"cosine": 0.5}})
+    imagined_gradient.main([str(smoke_run.folder), "try", "--batches", "3"])
+    args, state, batches = asked[0]
+    assert batches == 3 and int(state.iteration) == 4 and args.preset == "smoke"
+    (run,) = written["r"]
+    assert run["metrics"] == {"all": {"cosine": 0.5}} and run["steps"] == 96
+    command = f"python benchmark/imagined_gradient.py runs/{smoke_run.folder.name} try --batches 3"
+    assert written["c"] == [command]
+    for flags in (["--batches", "1"], ["--batches", "0"]):
+        with pytest.raises(SystemExit, match=r"--batches . is too few: give two or more"):
+            imagined_gradient.main([str(smoke_run.folder), "try", *flags])
