@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Students on Fashion-MNIST for docs/emd_imagenet.md: one teacher, then students that start from it. Each kind takes UPDATES
-# updates; EMD-4 3 times and Diff-Instruct 8 times as many in runs of their own, which cost what EMD-16 costs (71, 23 and 9
-# forward passes each): the step size falls towards the end of a run, so equal updates and equal work need different runs.
-# Then one change at a time: cancellation and corrector of EMD-16, cancellation over time and initial level of EMD-4 (the
-# preset's is -2). JOBS runs at once, one thread each: two to three hours on two idle cores. RUNS says where run folders go, SEEDS which seeds. Start it
-# again after an interruption: runs that were finished are kept, others go on with --resume.
+# Students on Fashion-MNIST for docs/emd_imagenet.md: one teacher, then students that start from it. Each kind takes
+# UPDATES updates; EMD-4 3 times and Diff-Instruct 8 times as many in runs of their own, which cost what EMD-16 costs
+# (71, 23 and 9 forward passes each): the step size falls towards the end of a run, so equal updates and equal work need
+# different runs. Then one change at a time: cancellation and corrector of EMD-16, cancellation over time and initial
+# level of EMD-4 (the preset's is -2). JOBS runs at once, one thread each: two to three hours on two idle cores. RUNS
+# says where run folders go, SEEDS which seeds. Start it again after an interruption: runs that were finished are kept,
+# others go on with --resume.
 set -euo pipefail
 shopt -s extglob
 cd "$(dirname "$0")/.."

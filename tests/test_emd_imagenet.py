@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 from pathlib import Path
 
@@ -1170,6 +1171,20 @@ def test_two_processes_equal_one(tmp_path, capsys):
         assert (differences > 2e-5).float().mean() < 0.01, part
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_saved(tmp_path):
+    flags = [*SMALL, "--total-steps", 10_000, "--log-every", 1, "--save-every", 10_000, "--runs-dir", tmp_path]
+    ranks = start_two_processes("emd_imagenet.py", *flags)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("*/teacher/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    ranks[1].send_signal(signal.SIGTERM)  # the one that neither logs nor saves
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    folder = only(tmp_path)
+    last = metrics_of(folder)[-1]["step"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == f"{last:09}.pt" < "000010020.pt"
+
+
 EXACT = ["--preset", "smoke", "--no-train-teacher", "--teacher", "gmm", "--eval-samples", 0, "--total-steps", 1]
 
 
@@ -1189,6 +1204,22 @@ def test_beside_an_exact_teacher_the_students_networks_are_compiled(tmp_path, ca
     flags = [*EXACT, "--media-every", 0, "--compile", "--runs-dir", tmp_path]
     assert run_main(capsys, *flags)[0] == 0
     assert len({id(unet) for unet in compiled}) == 2  # generator and score network
+
+
+def test_no_graph_of_a_compiled_network_is_given_up(tmp_path, capsys, monkeypatch):
+    """With gradients and without, frozen and not, with masks and without, in batches of all sizes, before and after an
+    interruption: torch.compile stops compiling a function, with a warning, when it has more graphs than a limit.
+    """
+    config = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit", config.recompile_limit)  # put back after the test
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(emd.UNet2DModel, "compile", lambda self: nn.Module.compile(self, backend="eager"))
+    torch._dynamo.reset()
+    flags = ["--preset", "smoke", "--compile", "--teacher-steps", 2, "--unet-channels", 16, "--runs-dir", tmp_path]
+    code, output = run_main(capsys, *flags, "--total-steps", 2, "--classifier-steps", 2)
+    assert code == 0, output
+    code, output = run_main(capsys, "--resume", only(tmp_path), "--total-steps", 4)
+    assert code == 0, output
 
 
 def test_a_diffusers_folder_is_a_teacher(smoke, tmp_path, capsys):
