@@ -34,7 +34,7 @@ def stock_step(state, actions, keys):
     return state, (frames, rewards, dones)
 
 
-def roll(step, num_envs=NUM_ENVS, steps=STEPS):
+def roll(step, num_envs, steps):
     def one(state, key):
         key_action, key_env = jax.random.split(key)
         actions = jax.random.randint(key_action, (num_envs,), 0, script.NUM_ACTIONS)
@@ -45,7 +45,7 @@ def roll(step, num_envs=NUM_ENVS, steps=STEPS):
 
 def main() -> None:
     start, _ = script.env_reset(jax.random.split(jax.random.PRNGKey(0), NUM_ENVS))
-    rolls = {"ours": roll(ours_step), "stock": roll(stock_step)}
+    rolls = {"ours": roll(ours_step, NUM_ENVS, STEPS), "stock": roll(stock_step, NUM_ENVS, STEPS)}
     # Compiles, and leaves the start; waits, or the first round would still share the cores with it.
     states = jax.block_until_ready({name: run(start, jax.random.PRNGKey(1))[0] for name, run in rolls.items()})
     speed = {name: [] for name in rolls}

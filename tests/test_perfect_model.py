@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import metrics_of, only, run_main
 
 import perfect_model
 import twm_dyna_craftax as twm
@@ -71,3 +72,16 @@ def test_flags_that_mean_nothing_here_are_refused_before_a_run_is_touched(flag, 
     with pytest.raises(twm.UserError, match=f"{flag} .* means nothing here"):
         perfect_model.main()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "args.json"]
+
+
+def test_the_command_imagines_from_its_warmup_on_and_leaves_a_run_folder(tmp_path, capsys):
+    flags = ["--preset", "smoke", "--total-steps", 72, "--warmup-steps", 48, "--eval-episodes", 0]
+    code, out, err = run_main(perfect_model, capsys, *flags, "--runs-dir", tmp_path)
+    assert code == 0 and "step 72 of 72" in out, err
+    assert only(tmp_path).name.startswith("twm_dyna_craftax__perfect-smoke__s1__")
+    lines = metrics_of(only(tmp_path))
+    assert [line["step"] for line in lines] == [24, 48, 72]
+    assert ["losses/imagined_loss" in line for line in lines] == [False, True, True]
+    for line in lines[1:]:
+        assert line["losses/imagined_approx_kl"] == pytest.approx(0, abs=1e-5)  # a single step on each rollout
+        assert 0 <= line["losses/imagined_reward_rate"] < 1 and line["losses/imagined_grad_norm"] > 0

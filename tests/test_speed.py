@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import with_clear_preferences
 
+import environment_speed
 import plain
 import speed
 import twm_dyna_craftax as twm
@@ -192,3 +193,18 @@ def test_a_part_alone_leaves_the_memory_of_all_parts(monkeypatch, tmp_path):
     speed.add_results({"machine": {"gflops": 300.0}, "encoding": {"seconds": 2.0}}, "paper", 3, 1)
     assert written["paper/machine"] == {"gflops": 300.0, "peak_gb": 6.0}
     assert written["paper/growth"] == {"seconds": 1.0} and written["paper/encoding"] == {"seconds": 2.0}
+
+
+def test_the_two_auto_resets_are_timed_in_turns_at_equal_work(monkeypatch, capsys):
+    written, results = {}, environment_speed.results
+    monkeypatch.setattr(results, "write", lambda *parts: written.update(zip("ncrs", parts, strict=True)))
+    for name, value in (("NUM_ENVS", 4), ("STEPS", 3), ("ROUNDS", 3)):
+        monkeypatch.setattr(environment_speed, name, value)
+    environment_speed.main()
+    ours, stock = (run["metrics"]["steps_per_second"] for run in written["r"])
+    assert [run["label"] for run in written["r"]] == ["ours", "stock"] and len(ours) == len(stock) == 3
+    assert all(run["steps"] == 36 for run in written["r"])
+    ratios = sorted(a / b for a, b in zip(ours, stock, strict=True))
+    found = [written["s"][f"ratio_{name}"] for name in ("min", "median", "max")]
+    assert found == ratios and written["s"]["ours"] == sorted(ours)[1]
+    assert json.loads(capsys.readouterr().out) == written["s"]
