@@ -1409,7 +1409,7 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         generator = torch.Generator("cpu").manual_seed(args.seed)
         how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}
         images = pipe([args.generate] * 8, height=args.image_size, width=args.image_size, **how).images
-        name = f"generated_{re.sub('[^a-z0-9]+', '_', args.generate.lower())[:60]}"
+        name = "generated_" + re.sub(r"\W+", "_", args.generate.lower())[:60]
         run.media(args.seed, name, np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
         return print(f"{run.folder / 'media' / f'{name}_{args.seed}.png'}")
     require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")

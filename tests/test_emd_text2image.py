@@ -495,6 +495,14 @@ def test_smoke_leaves_what_it_promises(smoke):
     assert '"accuracy_all"' in (smoke / "pipeline" / "README.md").read_text()
 
 
+def test_latents_of_a_teacher_made_here_have_unit_deviation_in_the_scale_that_is_stored(smoke):
+    vae = t2i.load_pipeline(settings(), str(smoke / "teacher")).vae
+    with torch.no_grad():
+        latents = vae.encode(t2i.to_float(pictures(list(t2i.grammar())[::17]))).latent_dist.mean
+    assert vae.config.scaling_factor * latents.std() == pytest.approx(1, rel=0.1)
+    assert vae.config.scaling_factor != pytest.approx(0.18215, rel=0.3)  # diffusers' default is Stable Diffusion's
+
+
 def test_logged_keys_are_the_documented_keys(smoke):
     page = (ROOT / "docs" / "emd_text2image.md").read_text()
     documented = documented_keys("emd_text2image")
