@@ -891,34 +891,24 @@ class WorldModel(nn.Module):
         reward, done = nn.relu(self.reward_hidden(action)), nn.relu(self.done_hidden(action))
         return logits, self.reward_out(reward), self.done_out(done)
 
-    def __call__(
-        self, tokens: Array, actions: Array, vocab: int, size: Array, deterministic: bool = True, rewarded: Any = None
-    ) -> tuple[Array, Array, Array]:
-        """Whole sequences at once: tokens Int[B, T, 81], actions Int[B, T]; rewarded UInt8[B, T, 17] if it is told."""
-        x = self.drop(self.embed(tokens, actions, rewarded), deterministic)
-        for block in self.blocks:
-            x = block(x, tokens.shape[1], deterministic)
-        return self.read_out(x, len(tokens), vocab, size)
-
-    def step(
-        self,
-        tokens: Array,
-        actions: Array,
-        vocab: int,
-        size: Array,
-        caches: tuple[Array, ...],
-        t: Array,
-        length: int,
-        rewarded: Array | None = None,
-    ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-        """Step t alone: the same without the axis T, and each layer's cache Float[2, heads, B, S, D] of steps before,
-        of which only the first `length` > t are read. Returns outputs with T = 1, caches.
+    def __call__(self, inputs: tuple, vocab: int, size: Array, deterministic: bool = True) -> tuple:
+        """Whole sequences at once. inputs: tokens Int[B, T, 81], actions Int[B, T], and rewarded UInt8[B, T, 17] with
+        --wm-rewarded-actions, else None.
         """
-        x, new = self.embed(*jax.tree.map(lambda leaf: leaf[:, None], (tokens, actions, rewarded))), []
+        x = self.drop(self.embed(*inputs), deterministic)
+        for block in self.blocks:
+            x = block(x, inputs[0].shape[1], deterministic)
+        return self.read_out(x, len(inputs[0]), vocab, size)
+
+    def step(self, inputs: tuple, vocab: int, size: Array, caches: tuple, t: Array, length: int) -> tuple[tuple, tuple]:
+        """Step t alone: inputs without the axis T, and each layer's cache Float[2, heads, B, S, D] of steps before, of
+        which only the first `length` > t are read. Returns outputs with T = 1, caches.
+        """
+        x, new = self.embed(*jax.tree.map(lambda leaf: leaf[:, None], inputs)), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block.step(x, cache, t, length)
             new.append(cache)
-        return self.read_out(x, len(tokens), vocab, size), tuple(new)
+        return self.read_out(x, len(inputs[0]), vocab, size), tuple(new)
 
 
 def empty_caches(args: Args, batch: int) -> tuple[Array, ...]:
@@ -931,7 +921,7 @@ def empty_caches(args: Args, batch: int) -> tuple[Array, ...]:
 def init_world_model(args: Args, key: Array) -> Learner:
     tokens, actions = jnp.zeros((1, 1, BLOCK - 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
     rewarded = jnp.zeros((1, 1, NUM_ACTIONS), jnp.uint8) if args.wm_rewarded_actions else None
-    params = WorldModel(args).init(key, tokens, actions, args.codebook_size, 1, True, rewarded)["params"]
+    params = WorldModel(args).init(key, (tokens, actions, rewarded), args.codebook_size, 1)["params"]
     return Learner(params, adam(args, args.wm_learning_rate).init(params))
 
 
@@ -943,18 +933,17 @@ def world_model_loss(
     --wm-inventory-weight enters "loss" only. key: of dropout; None: without.
     """
     tokens, rewards, dones = windows.tokens.astype(jnp.int32), windows.rewards[:, :-1], windows.dones[:, :-1]
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]  # Int[B, T, 81]
+    inputs = jax.tree.map(lambda leaf: leaf[:, :-1], (tokens, windows.actions, windows.rewarded))
     apply = functools.partial(WorldModel(args).apply, rngs={} if key is None else {"dropout": key})
-    actions, rewarded = jax.tree.map(lambda leaf: leaf[:, :-1], (windows.actions, windows.rewarded))
-    logits, reward, done = apply({"params": params}, inputs, actions, vocab, size, key is None, rewarded)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    logits, reward, done = apply({"params": params}, inputs, vocab, size, key is None)
+    cross_entropy, labels = optax.softmax_cross_entropy_with_integer_labels, tokens[:, 1:]  # Int[B, T, 81]
     token_losses = cross_entropy(logits, labels)  # Float[B, T, 81]
     logs = {"token_loss": token_losses.mean()}
     logs["reward_loss"] = cross_entropy(reward, (rewards >= 0.5).astype(jnp.int32)).mean()
     logs["done_loss"] = cross_entropy(done, dones.astype(jnp.int32)).mean()
     weights = jnp.ones(GRID**2).at[-2 * GRID :].set(args.wm_inventory_weight)  # the inventory: the last two rows
     logs["loss"] = loss = (weights * token_losses).mean() + logs["reward_loss"] + logs["done_loss"]
-    best, changed = logits.max(-1), labels != inputs  # on a CPU an argmax would take 4 % of the step
+    best, changed = logits.max(-1), labels != inputs[0]  # on a CPU an argmax would take 4 % of the step
     right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] == best
     logs["token_accuracy"] = right.mean()
     logs["changed_token_accuracy"] = (right & changed).sum() / jnp.maximum(changed.sum(), 1)
@@ -1083,7 +1072,8 @@ def imagine(
         key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        (logits, reward, done), caches = model(tokens, actions, vocab, codebook.size, caches, t, length, rewarded)
+        inputs = tokens, actions, rewarded
+        (logits, reward, done), caches = model(inputs, vocab, codebook.size, caches, t, length)
         tokens = draw_tokens(key_token, logits[:, 0], codebook.size)  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
@@ -1133,8 +1123,8 @@ def replay_actions(
     def step(carry, inputs):
         (tokens, caches), (t, key) = carry, inputs
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        actions, rewarded = jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
-        (logits, _, _), caches = model(tokens, actions, vocab, size, caches, t, steps, rewarded)
+        inputs = tokens, *jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
+        (logits, _, _), caches = model(inputs, vocab, size, caches, t, steps)
         tokens = jnp.where(t + 1 < given, true[:, t + 1], draw_tokens(key, logits[:, 0], size))
         return (tokens, caches), tokens
 

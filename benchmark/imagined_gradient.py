@@ -69,7 +69,7 @@ def mixed_batch(
         world, true_frame, true_rewards, dones, _ = twm.env_step(world, actions, jax.random.split(key_world, batch))
         model = functools.partial(twm.WorldModel(args).apply, {"params": state.wm_average}, method="step")
         size, length = state.codebook.size, args.imagination_steps
-        (logits, reward, done), caches = model(tokens, actions, vocab, size, caches, t, length, rewarded)
+        (logits, reward, done), caches = model((tokens, actions, rewarded), vocab, size, caches, t, length)
         drawn = twm.draw_tokens(key_token, logits[:, 0], size)
         next_frame = true_frame if frames_of == "environment" else twm.decode(state.codebook, drawn)
         tokens = drawn if frames_of == "model" else encode(true_frame)

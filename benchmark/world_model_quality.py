@@ -148,9 +148,8 @@ class Prediction:
 def predict(args: twm.Args, vocab: int, params: Any, size: Array, steps: twm.Steps) -> Prediction:
     """Without dropout, step t from all steps of its window up to t."""
     tokens = steps.tokens.astype(jnp.int32)
-    actions, rewarded = jax.tree.map(lambda leaf: leaf[:, :-1], (steps.actions, steps.rewarded))
-    inputs = tokens[:, :-1], actions, vocab, size, True, rewarded
-    logits, reward, done = twm.WorldModel(args).apply({"params": params}, *inputs)
+    inputs = jax.tree.map(lambda leaf: leaf[:, :-1], (tokens, steps.actions, steps.rewarded))
+    logits, reward, done = twm.WorldModel(args).apply({"params": params}, inputs, vocab, size)
     logprob = jnp.take_along_axis(nn.log_softmax(logits), tokens[:, 1:, :, None], axis=-1)[..., 0]
     likeliest = logits.argmax(-1).astype(jnp.uint16)
     return Prediction(likeliest, logprob, nn.softmax(reward)[..., 1], nn.softmax(done)[..., 1])

@@ -76,9 +76,9 @@ def test_what_softmax_and_gae_read_is_not_rounded_to_bf16(rollouts, tiny):
     logits, values, _ = twm.Policy(args).apply(
         {"params": twm.init_policy(args, jax.random.PRNGKey(0)).params}, one.frames, one.resets, one.hidden[0]
     )
-    tokens, actions = jnp.zeros((1, 2, 81), jnp.int32), jnp.zeros((1, 2), jnp.int32)
+    inputs = jnp.zeros((1, 2, 81), jnp.int32), jnp.zeros((1, 2), jnp.int32), None
     params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
-    outputs = twm.WorldModel(args).apply({"params": params}, tokens, actions, args.codebook_size, args.codebook_size)
+    outputs = twm.WorldModel(args).apply({"params": params}, inputs, args.codebook_size, args.codebook_size)
     for output in (logits, values, *outputs):
         assert output.dtype == jnp.float32
         assert not np.array_equal(output, output.astype(jnp.bfloat16).astype(jnp.float32))

@@ -80,8 +80,8 @@ def test_the_world_model_sees_all_that_was_imagined_before(dream):
     tokens = (cells[..., None, :] == codes).all(-1).argmax(-1)  # Int[B, T, 81]
 
     def likeliest(tokens, actions):
-        apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
-        return apply({"params": params}, tokens, actions, 256, TOY_CODES, True)[0].argmax(-1)
+        apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(2, 4))
+        return apply({"params": params}, (tokens, actions, None), 256, TOY_CODES, True)[0].argmax(-1)
 
     actions = np.asarray(rollout.actions.T)
     seen = (likeliest(tokens, actions)[:, :-1] == tokens[:, 1:]).mean((0, 2))  # of each step after the first

@@ -1,7 +1,6 @@
 """benchmark/imagined_gradient.py: its statistics, and that each variant has from the world model what it says."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +63,8 @@ def test_variants_differ_in_what_they_say(rollouts):
             counts.append(twm.count_rewarded(counts[-1], real.actions[t], real.rewards[t], real.dones[t]))
         rewarded = jnp.stack(counts, axis=1)
         assert rewarded.max() > 0
-    apply = functools.partial(twm.WorldModel(args).apply, {"params": state.wm_average}, rewarded=rewarded)
-    logits = apply(tokens, real.actions.T, vocab, size)[1]
+    inputs = tokens, real.actions.T, rewarded
+    logits = twm.WorldModel(args).apply({"params": state.wm_average}, inputs, vocab, size)[1]
     np.testing.assert_allclose(expected.rewards.T, jax.nn.softmax(logits)[..., 1], atol=1e-5)
     assert set(np.unique(model.rewards)) <= {0.0, 1.0} and ((real.rewards * 10) % 1 < 1e-5).all()
 

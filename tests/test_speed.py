@@ -139,8 +139,9 @@ def test_floors_count_the_products_that_the_compiler_counts(preset, monkeypatch)
 
     params = jax.eval_shape(lambda: twm.init_world_model(args, jax.random.PRNGKey(0))).params
     tokens = jax.ShapeDtypeStruct((1, args.context, 81), jnp.int32)
-    apply = jax.jit(lambda params, *x: twm.WorldModel(args).apply({"params": params}, *x, 512, 400))
-    counted = apply.lower(params, tokens, jax.ShapeDtypeStruct((1, args.context), jnp.int32)).cost_analysis()["flops"]
+    inputs = tokens, jax.ShapeDtypeStruct((1, args.context), jnp.int32), None
+    apply = jax.jit(lambda params, inputs: twm.WorldModel(args).apply({"params": params}, inputs, 512, 400))
+    counted = apply.lower(params, inputs).cost_analysis()["flops"]
     assert 0.85 < twm.world_model_flop(args, 512, args.context) / counted < 1.0
 
 

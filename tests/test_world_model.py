@@ -24,8 +24,8 @@ def small(tiny):
 @pytest.fixture(scope="module")
 def forward(small):
     args, params = small
-    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
-    return lambda tokens, actions, vocab=256, size=200: apply({"params": params}, tokens, actions, vocab, size, True)
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(2, 4))
+    return lambda tokens, actions, size=200: apply({"params": params}, (tokens, actions, None), 256, size, True)
 
 
 def random_sequences(batch, seed=0, size=200):
@@ -89,7 +89,7 @@ def numpy_world_model(args, params, tokens, actions):
 def test_it_equals_the_definition_in_numpy(small, forward):
     args, params = small
     tokens, actions = random_sequences(2)
-    found = forward(tokens, actions, 256, 256)
+    found = forward(tokens, actions, size=256)
     for row in range(2):
         for one, expected in zip(found, numpy_world_model(args, params, tokens[row], actions[row]), strict=True):
             np.testing.assert_allclose(one[row], expected, atol=1e-4 * max(1, np.abs(expected).max()))
@@ -103,12 +103,12 @@ def test_cached_decoding_equals_the_whole_forward_pass(small, forward, steps, lo
     tokens, actions = rng.integers(0, 200, (2, steps, 81)), rng.integers(0, twm.NUM_ACTIONS, (2, steps))
     whole = forward(tokens, actions)
     step = jax.jit(lambda *x, length: twm.WorldModel(args).apply({"params": params}, *x, length, method="step"),
-                   static_argnums=(2,), static_argnames="length")  # fmt: skip
+                   static_argnums=(1,), static_argnames="length")  # fmt: skip
     # What is left in unused slots must not matter.
     caches = jax.tree.map(lambda cache: jnp.full_like(cache, 5.0), twm.empty_caches(args, 2))
     for t in range(steps):
         length = steps if longer else t + 1
-        outputs, caches = step(tokens[:, t], actions[:, t], 256, 200, caches, t, length=length)
+        outputs, caches = step((tokens[:, t], actions[:, t], None), 256, 200, caches, t, length=length)
         for one, expected in zip(outputs, whole, strict=True):
             np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
 
@@ -122,16 +122,16 @@ def test_it_is_told_how_often_each_action_has_achieved_something(tiny):
     windows = windows_of(rng.integers(0, 200, (2, T + 1, 81)), rng.integers(0, twm.NUM_ACTIONS, (2, T + 1)))
     counts = jnp.asarray(rng.integers(0, 12, (2, T + 1, twm.NUM_ACTIONS)).astype(np.uint8))
     tokens, actions = windows.tokens[:, :-1].astype(int), windows.actions[:, :-1]
-    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
-    whole = apply({"params": params}, tokens, actions, 256, 200, True, counts[:, :-1])
-    other = apply({"params": params}, tokens, actions, 256, 200, True, counts[:, :-1].at[0, 1, 3].add(1))
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(2, 4))
+    whole = apply({"params": params}, (tokens, actions, counts[:, :-1]), 256, 200, True)
+    other = apply({"params": params}, (tokens, actions, counts[:, :-1].at[0, 1, 3].add(1)), 256, 200, True)
     for one, changed in zip(whole, other, strict=True):
         differs = np.abs(one - changed).reshape(2, T, -1).max(-1) > 1e-4
         assert not differs[1].any() and not differs[0, 0] and differs[0, 1]
     caches = twm.empty_caches(args, 2)
     for t in range(T):
-        inputs = tokens[:, t], actions[:, t], 256, 200, caches, t, T, counts[:, t]
-        outputs, caches = twm.WorldModel(args).apply({"params": params}, *inputs, method="step")
+        inputs = tokens[:, t], actions[:, t], counts[:, t]
+        outputs, caches = twm.WorldModel(args).apply({"params": params}, inputs, 256, 200, caches, t, T, method="step")
         for one, expected in zip(outputs, whole, strict=True):
             np.testing.assert_allclose(one[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
     logs = twm.world_model_loss(params, args, 256, 200, windows.replace(rewarded=counts), None)[1]
@@ -196,9 +196,9 @@ def test_without_attention_a_cell_knows_the_action_only_if_that_is_added_to_it(t
         for name, block in params.items()
         if "blocks" in name
     }
-    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(3, 5))
-    tokens, actions = jnp.zeros((1, T, 81), jnp.int32), jnp.arange(T)[None] % 2
-    cells, reward, _ = apply({"params": params | blocks}, tokens, actions, 256, 200, True)
+    apply = jax.jit(twm.WorldModel(args).apply, static_argnums=(2, 4))
+    inputs = jnp.zeros((1, T, 81), jnp.int32), jnp.arange(T)[None] % 2, None
+    cells, reward, _ = apply({"params": params | blocks}, inputs, 256, 200, True)
     assert (np.abs(cells[0, 0] - cells[0, 1]).max() > 1e-4) == in_cells
     assert np.abs(reward[0, 0] - reward[0, 1]).max() > 1e-4  # read at the action's own token
 
