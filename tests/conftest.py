@@ -250,8 +250,9 @@ def toy(tiny):
     """Sixteen sequences of the toy world, a world model that has memorised all of it, and how its losses fell."""
     args = tiny(context=3, imagination_steps=3, wm_layers=2, burn_in=2, imagination_envs=6)
     rng = np.random.default_rng(1)
-    codes = jnp.zeros((args.codebook_size, 147), jnp.uint8)
-    codebook = twm.Codebook(codes.at[:TOY_CODES].set(rng.integers(0, 256, (TOY_CODES, 147))), jnp.int32(TOY_CODES))
+    codes = np.zeros((args.codebook_size, 147), np.uint8)
+    codes[:TOY_CODES] = rng.integers(0, 256, (TOY_CODES, 147))
+    codebook = twm.Codebook(jnp.asarray(codes), jnp.int32(TOY_CODES))
 
     def windows(batch, length, seed, with_frames=True):
         rng = np.random.default_rng(seed)
