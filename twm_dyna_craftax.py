@@ -1072,8 +1072,7 @@ def imagine(
         key_act, key_token, key_reward, key_done = jax.random.split(key, 4)
         actions, logprobs, values, next_hidden = act(args, policy.params, frame, reset, hidden, key_act, False)
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        inputs = tokens, actions, rewarded
-        (logits, reward, done), caches = model(inputs, vocab, codebook.size, caches, t, length)
+        (logits, reward, done), caches = model((tokens, actions, rewarded), vocab, codebook.size, caches, t, length)
         tokens = draw_tokens(key_token, logits[:, 0], codebook.size)  # Int[B, 81]
         rewards = jax.random.categorical(key_reward, reward[:, 0]).astype(jnp.float32)
         dones = jax.random.categorical(key_done, done[:, 0]).astype(bool)
@@ -1123,8 +1122,8 @@ def replay_actions(
     def step(carry, inputs):
         (tokens, caches), (t, key) = carry, inputs
         model = functools.partial(WorldModel(args).apply, {"params": wm_params}, method="step")
-        inputs = tokens, *jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
-        (logits, _, _), caches = model(inputs, vocab, size, caches, t, steps)
+        now = jax.tree.map(lambda leaf: leaf[:, t], (windows.actions, windows.rewarded))
+        (logits, _, _), caches = model((tokens, *now), vocab, size, caches, t, steps)
         tokens = jnp.where(t + 1 < given, true[:, t + 1], draw_tokens(key, logits[:, 0], size))
         return (tokens, caches), tokens
 
