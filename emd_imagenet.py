@@ -118,6 +118,7 @@ class Args:
     generator_lr: float = 2e-6  # Adam step size of the generator
     anneal_learning_rate: bool = False  # the generator's step size falls linearly to 0 over the last half of the run
     score_lr: float = 1e-5  # Adam step size of the student score network
+    anneal_score_lr: bool = False  # the student score network's step size falls to 0 over the last half of the run, too
     beta1: float = 0.0  # of Adam, for generator and score network
     beta2: float = 0.99  # of Adam, for generator and score network
     max_grad_norm: float = 0.0  # generator gradients are clipped to this global norm (0: never)
@@ -166,9 +167,9 @@ PRESETS = {
     "cpu": Args(  # DEVIATION(cpu preset)
         preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
         teacher_batch_size=64, teacher_lr=1e-3, unet_channels=(16, 32, 32), unet_layers=1, unet_attention=1,
-        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4, ema=0.998,
-        batch_size=8, micro_batch_size=64, channels_last=True, heun_steps=16, eval_samples=2000, log_every=20,
-        save_every=500, media_every=500,
+        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4,
+        anneal_score_lr=True, ema=0.998, batch_size=8, micro_batch_size=64, channels_last=True, heun_steps=16,
+        eval_samples=2000, log_every=20, save_every=500, media_every=500,
     ),
     "smoke": Args(
         preset="smoke", total_steps=4, dataset="digits", image_size=8, train_teacher=True, teacher_steps=20,
@@ -261,10 +262,11 @@ def check_args(args: Args) -> None:
     check("teacher", one, f"and --train-teacher {args.train_teacher}: give exactly one, see docs/emd_imagenet.md")
     check("vp", not (args.vp and args.train_teacher), "is for a --teacher of guided-diffusion: leave one out")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
-    before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
-    for name in ("train_teacher", "teacher_steps"):
+    run = args.resume or args.eval_only
+    before = json.loads((Path(run) / "args.json").read_text()) if run else {}
+    for name in ("train_teacher", "teacher_steps", "lambda_star", "vp"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
-        check(name, same, "cannot change in a run, which counts its steps from there: leave it out")
+        check(name, same, "cannot change in a run, whose checkpoints were made with it as it was: leave it out")
     imagenet, scored = args.dataset == "imagenet", args.eval_samples > 0
     needed = imagenet and (scored or args.train_teacher or args.teacher == "gmm")
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
@@ -336,6 +338,9 @@ def load_imagenet(args: Args) -> Images:
     check(bool(found), f"holds neither class folders of images nor .tar shards of them: {way_out}")
     parts, labels = zip(*found, strict=True)
     check(min(labels) >= 0 and max(labels) < args.num_classes, f"has more than {args.num_classes} classes: {way_out}")
+    if (count := len(set(labels))) < args.num_classes:
+        numbered = "" if shards else "; folders are numbered in their order"
+        print(f"warning: --data-dir holds images of {count} of {args.num_classes} classes{numbered}", file=sys.stderr)
     return Images(labels, parts=list(parts), size=args.image_size)
 
 
@@ -494,7 +499,7 @@ class Denoiser(nn.Module):
         if mask_seed is not None:
             torch.manual_seed(mask_seed)  # whatever else draws from the global generator seeds it first
         inputs = (c_in * y).contiguous(memory_format=self.memory)
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             predicted = self.unet(inputs, timestep.flatten(), labels, return_dict=False)[0]
         return output + predicted[:, : y.shape[1]].float()  # what follows is guided-diffusion's learned variance
 
@@ -770,9 +775,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-def generator_lr(args: Args, step: int) -> float:
-    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
-    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
+def annealed(args: Args, anneal: bool, step: int) -> float:
+    """Factor of a step size: 1, or a linear decay over the last half of the run. Which is the paper's, is unknown."""
+    return min(1.0, 2 - 2 * (step - 1) / args.total_steps) if anneal else 1.0
 
 
 def ema_decay(step: int, args: Args) -> float:
@@ -952,6 +957,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
+def fingerprint(net: nn.Module, file: str) -> str:
+    """Of a network's weights, or of the file of one that was frozen, which holds them as constants."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
+    return hashlib.sha256(weights or Path(file).read_bytes()).hexdigest()[:12]
+
+
 def compare(real: Tensor, fake: Tensor, ruler: str, device: torch.device) -> dict[str, float]:
     """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
     name = "fid" if ruler.startswith("inception") else "frechet"
@@ -982,6 +993,7 @@ class Features(nn.Module):
             way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
             with refuse(f"--features {args.features} cannot be loaded", way_out):
                 self.net = torch.jit.load(args.features, "cpu")
+                self(torch.zeros(2, *args.image_shape, dtype=torch.uint8))  # what it cannot give is found out now
             return
         torch.manual_seed(0)
         convs = [nn.Conv2d(args.image_shape[0], 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()]
@@ -1010,9 +1022,8 @@ class Evaluator:
         self.args, self.acc, self.labels = args, acc, torch.arange(args.eval_samples) % args.num_classes
         images = load_images(args)
         self.features = Features(args, images).to(acc.device).eval().requires_grad_(False)
-        weights = b"".join(value.cpu().numpy().tobytes() for value in self.features.state_dict().values())
         kind = Path(args.features).stem if args.features else "classifier"
-        self.ruler = f"{kind}, {args.dataset} {args.image_size} px, weights {hashlib.sha256(weights).hexdigest()[:12]}"
+        self.ruler = f"{kind}, {args.dataset} {args.image_size} px, weights {fingerprint(self.features, args.features)}"
         # As many images of each class as are generated, as far as there are.
         shuffled = torch.randperm(len(images.labels), generator=Noise("cpu", 0).generator)
         counts = self.labels.bincount(minlength=args.num_classes).tolist()
@@ -1144,10 +1155,10 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
         return loss
 
     # 1. The student score network learns to denoise the generator's samples.
+    adam, lr = state["adam_score"], args.score_lr * annealed(args, args.anneal_score_lr, step)
     for turn in range(args.score_updates):
-        adam = state["adam_score"]
-        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, adam, args.score_lr)
-    adam, lr = state["adam_generator"], generator_lr(args, step)
+        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, adam, lr)
+    adam, lr = state["adam_generator"], args.generator_lr * annealed(args, args.anneal_learning_rate, step)
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))

@@ -266,10 +266,11 @@ def check_args(args: Args) -> None:
     captioned = args.prompts or args.pictures or not args.teacher
     check("prompts", bool(captioned), "is empty: a --teacher needs captions, name their file")
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
-    before = json.loads((Path(args.resume) / "args.json").read_text()) if args.resume else {}
-    for name in ("train_teacher", "vae_steps", "teacher_steps"):
+    run = args.resume or args.eval_only
+    before = json.loads((Path(run) / "args.json").read_text()) if run else {}
+    for name in ("train_teacher", "vae_steps", "teacher_steps", "t_star"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
-        check(name, same, "cannot change in a run, which counts its steps from there: leave it out")
+        check(name, same, "cannot change in a run, whose checkpoints were made with it as it was: leave it out")
 
 
 # --- Captions ---
@@ -474,7 +475,7 @@ class Denoiser(nn.Module):
         x_t, guided = self.precondition(t)[2] * y, self.guidance != 1
         if guided:
             x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.empty.expand_as(text), text])
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             out = self.unet(x_t, t, text, return_dict=False)[0]
         out = out.to(y.dtype)
         return torch.lerp(*out.chunk(2), self.guidance) if guided else out
@@ -800,9 +801,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-def generator_lr(args: Args, step: int) -> float:
-    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
-    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
+def annealed(args: Args, anneal: bool, step: int) -> float:
+    """Factor of a step size: 1, or a linear decay over the last half of the run. Which is the paper's, is unknown."""
+    return min(1.0, 2 - 2 * (step - 1) / args.total_steps) if anneal else 1.0
 
 
 def ema_decay(step: int, args: Args) -> float:
@@ -982,6 +983,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
+def fingerprint(net: nn.Module, file: str) -> str:
+    """Of a network's weights, or of the file of one that was frozen, which holds them as constants."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
+    return hashlib.sha256(weights or Path(file).read_bytes()).hexdigest()[:12]
+
+
 def compare(real: Tensor, fake: Tensor, ruler: str, device: torch.device) -> dict[str, float]:
     """Distances between two sets of features Float[N, D]. Only a Frechet distance on Inception's is an FID."""
     name = "fid" if ruler.startswith("inception") else "frechet"
@@ -1044,8 +1051,9 @@ def load_features(args: Args, device: torch.device) -> tuple[str, Callable[[Tens
         return "mean colours of 4x4 regions", lambda images: adaptive_avg_pool2d(to_float(images), 4).flatten(1)
     with refuse(f"--features {args.features} cannot be loaded", "name inception-2015-12-05.pt, or leave it out"):
         net = torch.jit.load(args.features, device).eval()
-    digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in net.state_dict().values())).hexdigest()
-    return f"{Path(args.features).name}, weights {digest[:12]}", functools.partial(net, return_features=True)
+        features = functools.partial(net, return_features=True)
+        features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device))  # what it cannot give is found out now
+    return f"{Path(args.features).name}, weights {fingerprint(net, args.features)}", features
 
 
 def load_clip(args: Args) -> tuple[nn.Module, CLIPTokenizer]:
@@ -1099,6 +1107,15 @@ def diversity(name: str, features: Tensor, each: int, kept: Tensor) -> dict[str,
     return {name: float(distance[pairs].mean())} if pairs.any() else {}
 
 
+def compared_captions(args: Args, texts: list[str], captioned: list[str]) -> list[str]:
+    """The captions whose pictures samples are compared with: none if one has no picture. Raises UserError."""
+    if args.reference or not set(texts) <= set(captioned):
+        return []
+    texts = [*dict.fromkeys(texts)] if args.pictures else texts  # only drawn ones of a caption differ
+    require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
+    return texts
+
+
 class Evaluator:
     """Compares the student at one network evaluation with the teacher at --ddim-steps, on equal captions and noise."""
 
@@ -1115,9 +1132,7 @@ class Evaluator:
         self.clip = load_clip(args) if args.clip else None
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
-        elif set(self.texts) <= set(captioned):
-            texts = [*dict.fromkeys(self.texts)] if args.pictures else self.texts  # only drawn ones of a caption differ
-            require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
+        elif texts := compared_captions(args, self.texts, captioned):
             real = [picture(text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(shrink(torch.tensor(np.stack(real)).permute(0, 3, 1, 2)))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
@@ -1320,7 +1335,8 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
     for turn in range(args.score_updates):
         lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
         accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, state["adam_score"], lr)
-    adam, lr = state["adam_generator"], adam_lr(args, generator_lr(args, step), step)
+    lr = args.generator_lr * annealed(args, args.anneal_learning_rate, step)
+    adam, lr = state["adam_generator"], adam_lr(args, lr, step)
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))
@@ -1366,8 +1382,9 @@ def train(args: Args, acc: Accelerator) -> None:
         if args.reference:
             for _ in load_reference(args):
                 pass
-        if args.eval_prompts:
-            read_prompts(args, "eval_prompts")
+        asked = read_prompts(args, "eval_prompts") if args.eval_prompts else texts
+        if args.pictures:
+            compared_captions(args, asked, captioned)
     pipe = None if args.train_teacher else load_pipeline(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's

@@ -546,8 +546,10 @@ def test_a_guided_diffusion_network_is_the_vp_row():
     assert time[0] == 0 and time[2] == 999 and 0 < time[1] < 999
 
 
-def test_bf16_difference_is_close_to_fp32():
+def test_bf16_difference_is_close_to_fp32_and_no_cast_weight_outlives_its_layer():
     args, teacher, score = tiny()
+    caches = set()
+    teacher.unet.conv_out.register_forward_hook(lambda *how: caches.add(torch.is_autocast_cache_enabled()))
     _, z, eps, sigma, labels = draw(args, 32)
     y = z * 0.5 + sigma * eps
     exact = emd.denoiser_difference(teacher, score, y, sigma, labels, None)
@@ -555,6 +557,7 @@ def test_bf16_difference_is_close_to_fp32():
     rounded = emd.denoiser_difference(teacher, score, y, sigma, labels, None)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+    assert caches == {False}
 
 
 def test_heun_samples_a_gaussian():
@@ -575,19 +578,19 @@ def test_the_average_ramps_up_to_its_half_life():
     assert emd.ema_decay(1, settings(ema=0.999, ema_ramp=0)) == 0.999
 
 
-def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
+def test_the_step_sizes_that_are_annealed_fall_to_0_over_the_last_half(monkeypatch):
     rates, order = {"denoising": [], "generator": []}, []
     monkeypatch.setattr(emd, "accumulate", lambda *how: (order.append(how[2]), rates[how[2]].append(how[7])))
     monkeypatch.setattr(emd, "update_ema", lambda *nets: order.append("average"))
     state = dict.fromkeys(("generator", *STATE))
-    for anneal in (False, True):
-        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, anneal_learning_rate=anneal)
+    for anneal in ({}, {"anneal_learning_rate": True}, {"anneal_score_lr": True}):
+        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, **anneal)
         for step in range(1, 9):
             emd.train_iteration(args, None, state, step, None)
-    constant, last_half = [0.1] * 8, [0.1, 0.075, 0.05, 0.025]
-    assert rates["generator"] == pytest.approx(constant + [0.1] * 4 + last_half)
-    assert rates["denoising"] == [0.5] * 16
-    assert order == ["denoising", "generator", "average"] * 16
+    constant, falling = np.ones(8), np.array([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert rates["generator"] == pytest.approx(0.1 * np.concatenate([constant, falling, constant]))
+    assert rates["denoising"] == pytest.approx(0.5 * np.concatenate([constant, constant, falling]))
+    assert order == ["denoising", "generator", "average"] * 24
 
 
 def test_a_chain_has_raised_noise_levels_and_a_dropout_mask_for_each_evaluation(monkeypatch):
@@ -981,8 +984,12 @@ def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain
     before, settings_before = json.loads((copied / "eval.json").read_text()), (copied / "args.json").read_bytes()
     (copied / "eval.json").unlink()
     pictures = {path: path.stat().st_mtime_ns for path in (copied / "media").iterdir()}
-    code, output = run_main(capsys, "--eval-only", copied, "--features", "/nowhere")
-    assert code == 2 and "--features /nowhere does not exist" in output
+    for flags, message in (
+        (["--features", "/nowhere"], "--features /nowhere does not exist"),
+        (["--lambda-star", -1], "--lambda-star -1.0 cannot change"),
+    ):
+        code, output = run_main(capsys, "--eval-only", copied, *flags)
+        assert code == 2 and message in output
     assert pictures == {path: path.stat().st_mtime_ns for path in (copied / "media").iterdir()}
     logged, quiet = {}, lambda *names, **how: None
     tracker = types.SimpleNamespace(init=quiet, define_metric=quiet, log=logged.update, Image=str)
@@ -1096,9 +1103,12 @@ def test_the_disk_needs_room_for_the_networks_of_the_teacher_that_is_given(smoke
 def test_features_that_cannot_be_read_are_refused_before_training(tmp_path, capsys):
     (tmp_path / "features.pt").write_bytes(b"no network")
     flags = ["--preset", "smoke", "--features", tmp_path / "features.pt", "--runs-dir", tmp_path / "runs"]
-    code, error = run_main(capsys, *flags)
-    assert code == 2 and f"--features {tmp_path / 'features.pt'} cannot be loaded" in error
-    assert not (tmp_path / "runs").exists()
+    for content in (None, nn.Flatten()):  # the second has no logits to give
+        if content:
+            torch.jit.script(content).save(str(tmp_path / "features.pt"))
+        code, error = run_main(capsys, *flags)
+        assert code == 2 and f"--features {tmp_path / 'features.pt'} cannot be loaded" in error
+        assert not (tmp_path / "runs").exists()
 
 
 def test_resuming_takes_the_step_size_of_the_flags(copied, capsys):
@@ -1118,6 +1128,7 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--total-steps", 1], "--total-steps 1 is below"),
         (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
         (["--no-train-teacher", "--teacher", "x"], "--train-teacher False cannot change"),
+        (["--lambda-star", -1], "--lambda-star -1.0 cannot change"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
@@ -1249,7 +1260,8 @@ def test_image_folders_are_read_and_broken_images_named(tmp_path, capsys):
     pixels, labels = images(torch.tensor([0, 17, 23]))  # 0.jpg, 3.jpg (by name), 9.jpg
     assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.uint8
     assert labels.tolist() == [0, 1, 1] and len(images.bad) == 1
-    assert "n02/3.jpg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "n02/3.jpg" in error and "--data-dir holds images of 2 of 1000 classes" in error
     flags = [*IMAGENET, "--data-dir", tmp_path / "data", "--runs-dir"]
     assert run_main(capsys, *flags, tmp_path / "runs")[0] == 0
     with pytest.raises(emd.UserError, match="holds neither class folders"):  # train/ and val/ are no classes

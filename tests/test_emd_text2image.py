@@ -604,11 +604,15 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
         (["--vae-steps", 30], "--vae-steps 30 cannot change"),
         (["--no-train-teacher", "--teacher", "x", "--prompts", "x"], "--train-teacher False cannot change"),
+        (["--t-star", 100], "--t-star 100 cannot change"),
         (["--beta1", 0.5], "its optimiser is of another kind"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    code, error = run_main(capsys, "--eval-only", copied, "--t-star", 100)
+    assert code == 2 and "--t-star 100 cannot change" in error
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
 def test_what_an_evaluation_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
@@ -631,6 +635,15 @@ def test_what_an_evaluation_cannot_read_is_refused_before_training(tmp_path, cap
         assert code == 2 and f"{flag} {tmp_path / 'empty.txt'} {message}" in error
         assert not (tmp_path / "runs").exists()
     assert run_main(capsys, *flags, "--eval-samples", 0)[0] == 0  # then it is not read
+    torch.jit.script(nn.Flatten()).save(str(tmp_path / "features.pt"))
+    flags = ["--preset", "smoke", "--runs-dir", tmp_path / "others"]
+    code, error = run_main(capsys, *flags, "--features", tmp_path / "features.pt")
+    assert code == 2 and "features.pt cannot be loaded" in error and not (tmp_path / "others").exists()
+    captioned_pictures(tmp_path / "four.tar", TEXTS[:4])
+    (tmp_path / "three.txt").write_text("\n".join(TEXTS[:3]))
+    flags += ["--pictures", tmp_path / "four.tar", "--eval-prompts", tmp_path / "three.txt"]
+    code, error = run_main(capsys, *flags)
+    assert code == 2 and "has 3 captions to compare with" in error and not (tmp_path / "others").exists()
 
 
 def test_a_full_disk_is_refused_before_anything_is_trained_or_encoded(teacher_folder, tmp_path, capsys, monkeypatch):
@@ -714,6 +727,10 @@ def test_features_of_a_file_are_named_after_it_and_its_weights(tmp_path):
         names.append(name)
     assert names[0] == names[2] != names[1]
     assert all(re.fullmatch("inception.pt, weights [0-9a-f]{12}", name) for name in names)
+    for weight in (1.0, 2.0):  # a frozen file holds its weights as constants
+        torch.jit.freeze(torch.jit.script(Pooled(weight)).eval()).save(str(tmp_path / "inception.pt"))
+        names.append(t2i.load_features(settings(features=str(tmp_path / "inception.pt")), torch.device("cpu"))[0])
+    assert len(set(names)) == 4
 
 
 def test_reference_pictures_and_features_of_large_pictures(tmp_path, monkeypatch):
