@@ -118,7 +118,6 @@ class Args:
     generator_lr: float = 2e-6  # Adam step size of the generator
     anneal_learning_rate: bool = False  # the generator's step size falls linearly to 0 over the last half of the run
     score_lr: float = 1e-5  # Adam step size of the student score network
-    anneal_score_lr: bool = False  # the student score network's step size falls to 0 over the last half of the run, too
     beta1: float = 0.0  # of Adam, for generator and score network
     beta2: float = 0.99  # of Adam, for generator and score network
     max_grad_norm: float = 0.0  # generator gradients are clipped to this global norm (0: never)
@@ -167,9 +166,9 @@ PRESETS = {
     "cpu": Args(  # DEVIATION(cpu preset)
         preset="cpu", total_steps=4000, dataset="fashion", image_size=16, train_teacher=True, teacher_steps=4000,
         teacher_batch_size=64, teacher_lr=1e-3, unet_channels=(16, 32, 32), unet_layers=1, unet_attention=1,
-        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4,
-        anneal_score_lr=True, ema=0.998, batch_size=8, micro_batch_size=64, channels_last=True, heun_steps=16,
-        eval_samples=2000, log_every=20, save_every=500, media_every=500,
+        dropout=0.0, lambda_star=-2.0, generator_lr=1e-4, anneal_learning_rate=True, score_lr=5e-4, ema=0.998,
+        batch_size=8, micro_batch_size=64, channels_last=True, heun_steps=16, eval_samples=2000, log_every=20,
+        save_every=500, media_every=500,
     ),
     "smoke": Args(
         preset="smoke", total_steps=4, dataset="digits", image_size=8, train_teacher=True, teacher_steps=20,
@@ -499,7 +498,7 @@ class Denoiser(nn.Module):
         if mask_seed is not None:
             torch.manual_seed(mask_seed)  # whatever else draws from the global generator seeds it first
         inputs = (c_in * y).contiguous(memory_format=self.memory)
-        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):  # casts are let go
             predicted = self.unet(inputs, timestep.flatten(), labels, return_dict=False)[0]
         return output + predicted[:, : y.shape[1]].float()  # what follows is guided-diffusion's learned variance
 
@@ -775,9 +774,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-def annealed(args: Args, anneal: bool, step: int) -> float:
-    """Factor of a step size: 1, or a linear decay over the last half of the run. Which is the paper's, is unknown."""
-    return min(1.0, 2 - 2 * (step - 1) / args.total_steps) if anneal else 1.0
+def generator_lr(args: Args, step: int) -> float:
+    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
+    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
 
 
 def ema_decay(step: int, args: Args) -> float:
@@ -1155,10 +1154,10 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
         return loss
 
     # 1. The student score network learns to denoise the generator's samples.
-    adam, lr = state["adam_score"], args.score_lr * annealed(args, args.anneal_score_lr, step)
     for turn in range(args.score_updates):
-        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, adam, lr)
-    adam, lr = state["adam_generator"], args.generator_lr * annealed(args, args.anneal_learning_rate, step)
+        adam = state["adam_score"]
+        accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, adam, args.score_lr)
+    adam, lr = state["adam_generator"], generator_lr(args, step)
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))

@@ -475,7 +475,7 @@ class Denoiser(nn.Module):
         x_t, guided = self.precondition(t)[2] * y, self.guidance != 1
         if guided:
             x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.empty.expand_as(text), text])
-        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+        with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):  # casts are let go
             out = self.unet(x_t, t, text, return_dict=False)[0]
         out = out.to(y.dtype)
         return torch.lerp(*out.chunk(2), self.guidance) if guided else out
@@ -801,9 +801,9 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
 
 
-def annealed(args: Args, anneal: bool, step: int) -> float:
-    """Factor of a step size: 1, or a linear decay over the last half of the run. Which is the paper's, is unknown."""
-    return min(1.0, 2 - 2 * (step - 1) / args.total_steps) if anneal else 1.0
+def generator_lr(args: Args, step: int) -> float:
+    """Constant, or with a linear decay over the last half of the run: which of them is the paper's, is unknown."""
+    return args.generator_lr * (min(1.0, 2 - 2 * (step - 1) / args.total_steps) if args.anneal_learning_rate else 1.0)
 
 
 def ema_decay(step: int, args: Args) -> float:
@@ -1335,8 +1335,7 @@ def train_iteration(args: Args, setup: Setup, state: dict, step: int, means: Mea
     for turn in range(args.score_updates):
         lr = adam_lr(args, args.score_lr, (step - 1) * args.score_updates + turn + 1)
         accumulate(args, means, "denoising", (1, step, turn), args.batch_size, score_loss, state["adam_score"], lr)
-    lr = args.generator_lr * annealed(args, args.anneal_learning_rate, step)
-    adam, lr = state["adam_generator"], adam_lr(args, lr, step)
+    adam, lr = state["adam_generator"], adam_lr(args, generator_lr(args, step), step)
     accumulate(args, means, "generator", (2, step), args.batch_size, generator_loss, adam, lr, args.max_grad_norm)
     # 4. The average that is evaluated.
     update_ema(state["average"], generator, ema_decay(step, args))

@@ -578,19 +578,19 @@ def test_the_average_ramps_up_to_its_half_life():
     assert emd.ema_decay(1, settings(ema=0.999, ema_ramp=0)) == 0.999
 
 
-def test_the_step_sizes_that_are_annealed_fall_to_0_over_the_last_half(monkeypatch):
+def test_the_generators_step_size_falls_to_0_over_the_last_half(monkeypatch):
     rates, order = {"denoising": [], "generator": []}, []
     monkeypatch.setattr(emd, "accumulate", lambda *how: (order.append(how[2]), rates[how[2]].append(how[7])))
     monkeypatch.setattr(emd, "update_ema", lambda *nets: order.append("average"))
     state = dict.fromkeys(("generator", *STATE))
-    for anneal in ({}, {"anneal_learning_rate": True}, {"anneal_score_lr": True}):
-        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, **anneal)
+    for anneal in (False, True):
+        args = settings(total_steps=8, generator_lr=0.1, score_lr=0.5, anneal_learning_rate=anneal)
         for step in range(1, 9):
             emd.train_iteration(args, None, state, step, None)
-    constant, falling = np.ones(8), np.array([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-    assert rates["generator"] == pytest.approx(0.1 * np.concatenate([constant, falling, constant]))
-    assert rates["denoising"] == pytest.approx(0.5 * np.concatenate([constant, constant, falling]))
-    assert order == ["denoising", "generator", "average"] * 24
+    constant, last_half = [0.1] * 8, [0.1, 0.075, 0.05, 0.025]
+    assert rates["generator"] == pytest.approx(constant + [0.1] * 4 + last_half)
+    assert rates["denoising"] == [0.5] * 16
+    assert order == ["denoising", "generator", "average"] * 16
 
 
 def test_a_chain_has_raised_noise_levels_and_a_dropout_mask_for_each_evaluation(monkeypatch):
