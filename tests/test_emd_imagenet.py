@@ -1149,11 +1149,12 @@ def test_a_resumed_run_takes_the_betas_of_the_flags(copied, capsys, monkeypatch)
     assert set(seen) == {(0.5, 0.9)}
 
 
-def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
+def test_processes_that_cannot_share_a_batch_are_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(emd.UserError, match=r"--batch-size 8 .* of 4 .* 3 processes: .* --micro-batch-size 4"):
         emd.check_args(settings())
-    emd.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
+    (tmp_path / "args.json").write_text("{}")
+    emd.check_args(settings(eval_only=str(tmp_path)))  # an evaluation has no such batches
 
 
 def test_processes_are_not_inherited_from_a_run(copied):

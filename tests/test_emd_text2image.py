@@ -662,12 +662,13 @@ def test_a_full_disk_is_refused_before_anything_is_trained_or_encoded(teacher_fo
         assert begun == stages
 
 
-def test_processes_that_cannot_share_a_batch_are_refused_before_training(monkeypatch):
+def test_processes_that_cannot_share_a_batch_are_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(t2i.UserError, match=r"--batch-size 4 .* of 2 .* 3 processes: .* --micro-batch-size 2"):
         t2i.check_args(settings())
     t2i.check_args(settings(batch_size=6, train_teacher=False, teacher="FOLDER", prompts="FILE"))
-    t2i.check_args(settings(eval_only="RUN_FOLDER"))  # an evaluation has no such batches
+    (tmp_path / "args.json").write_text("{}")
+    t2i.check_args(settings(eval_only=str(tmp_path)))  # an evaluation has no such batches
 
 
 def test_two_processes_equal_one(tmp_path, capsys):
