@@ -98,7 +98,7 @@ class Args:
     entropy_coef: float = 0.01  # weight of the entropy bonus
     update_epochs: int = 4  # passes over a real rollout
     num_minibatches: int = 8  # per epoch; must divide --num-envs: sequences stay whole
-    micro_batch_frames: int = 200  # most frames of one gradient on a device; of a larger batch it is the mean of such
+    micro_batch_frames: int = 200  # most frames (or a rollout) of one gradient on a device; larger batches take a mean
     value_norm_decay: float = 0.95  # decay (beta) of the running mean and deviation of value targets
     save_every: int = 10  # iterations between checkpoints (the last iteration always saves)
     media_every: int = 20  # iterations between videos and pictures (0: none but the evaluation's)
@@ -245,11 +245,13 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
             require(args, name, fits, f"is out of range: give numbers from {low} to {high}")
     envs, minibatches, rollout = args.num_envs, args.num_minibatches, args.num_envs * args.num_steps
     require(args, "total_steps", args.total_steps >= rollout, f"is less than one rollout: give at least {rollout}")
+    require(args, "max_grad_norm", args.max_grad_norm > 0, "lets no gradient through: give a number above 0")
     require(args, "eval_episodes", args.eval_episodes > 0 or not args.eval_only, "leaves nothing to evaluate")
     if folder := args.resume or args.eval_only:
-        before = json.loads((Path(folder) / "args.json").read_text()).get("num_steps")
-        reason = f"is not what args.json says ({before}), by which this run counts its steps: leave it out"
-        require(args, "num_steps", args.num_steps == before, reason)
+        before = json.loads((Path(folder) / "args.json").read_text())
+        for name in ("num_steps", "seed")[: 2 if args.resume else 1]:  # an evaluation may have another seed
+            reason = f"is not what args.json says ({before.get(name)}), and a run keeps it: leave it out"
+            require(args, name, getattr(args, name) == before.get(name), reason)
     devices = jax.device_count()
     for name, size in {"num_envs": envs, **divisible}.items():
         reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
@@ -1380,8 +1382,9 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     reason = ""
     with contextlib.redirect_stderr(None):  # an error is told once, in one sentence
         try:
-            if jax.process_index() == 0 and (damaged := folder / "checkpoints" / str(step)).exists():
-                shutil.rmtree(damaged)  # else it would not be computed again
+            if jax.process_index() == 0:  # a damaged one would not be written again, a killed one would stay
+                for path in [*folder.glob(f"checkpoints/{step}"), *folder.glob("checkpoints/*.orbax-checkpoint-tmp*")]:
+                    shutil.rmtree(path)
             multihost_utils.sync_global_devices("no checkpoint of this step")
             with checkpoints(folder) as manager:
                 manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
@@ -1506,7 +1509,7 @@ def train(args: Args) -> None:
     run = Run(args, step=first * env_steps, writes=jax.process_index() == 0)
     folder = multihost_utils.broadcast_one_to_all(np.frombuffer(str(run.folder).encode(), np.uint8))
     run.folder = Path(bytes(folder).decode())  # its time is the first process's
-    kept = len(list((run.folder / "checkpoints").glob("[0-9]*")))  # two stay, and for a moment there are three
+    kept = sum(path.name.isdigit() for path in run.folder.glob("checkpoints/*"))  # two stay, for a moment three
     needed = max(1, 3 - kept) * size_in_bytes(jax.eval_shape(lambda: init_state(args)))
     if run.writes and (free := shutil.disk_usage(run.folder).free) < needed:
         reason = f"has {free / 1e9:.1f} GB free but checkpoints may take {needed / 1e9:.1f} GB more"

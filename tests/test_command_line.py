@@ -19,6 +19,7 @@ OUT_OF_PLACE = {  # flags beside --preset smoke (4 environments x 6 steps, conte
     "negative learning rate": (["--learning-rate", "-0.1"], ["--learning-rate -0.1"]),
     "learning rate nan": (["--wm-learning-rate", "nan"], ["--wm-learning-rate nan"]),
     "infinite clip": (["--max-grad-norm", "inf"], ["--max-grad-norm inf"]),
+    "clip to nothing": (["--max-grad-norm", "0"], ["--max-grad-norm 0.0", "no gradient"]),
     "gamma above 1": (["--gamma", "1.5"], ["--gamma 1.5"]),
     "lambda above 1": (["--gae-lambda", "1.01"], ["--gae-lambda 1.01"]),
     "decay above 1": (["--value-norm-decay", "2"], ["--value-norm-decay 2"]),

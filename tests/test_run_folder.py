@@ -238,11 +238,22 @@ def test_a_signal_ends_the_final_evaluation_at_once(call_main, stub_iteration, m
     assert seen == [signal.SIG_DFL]
 
 
-def test_a_run_does_not_go_on_with_rollouts_of_another_length(call_main, stub_iteration, tmp_path):
+def test_a_run_does_not_go_on_with_rollouts_of_another_length_or_another_seed(call_main, stub_iteration, tmp_path):
     folder = finished_stub_run(call_main, stub_iteration, tmp_path)
     for flag in ("--resume", "--eval-only"):
         code, _, err = call_main(flag, folder, "--num-steps", 7, "--eval-episodes", 4)
         assert code == 2 and "--num-steps 7 is not what args.json says (6)" in err
+    code, _, err = call_main("--resume", folder, "--seed", 7)
+    assert code == 2 and "--seed 7 is not what args.json says (1)" in err
+
+
+def test_what_a_killed_save_left_goes_with_the_next(call_main, stub_iteration, tmp_path):
+    folder = finished_stub_run(call_main, stub_iteration, tmp_path)
+    left = folder / "checkpoints" / "36.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "part").write_bytes(b"of a checkpoint")
+    code, _, err = call_main("--resume", folder, "--total-steps", 240, "--eval-episodes", 0)
+    assert code == 0 and not left.exists(), err
 
 
 KILLED_DRIVER = """
