@@ -268,7 +268,8 @@ def check_args(args: Args) -> None:
     check("total_steps", args.total_steps or args.train_teacher, "leaves nothing to do: give a number above 0")
     run = args.resume or args.eval_only
     before = json.loads((Path(run) / "args.json").read_text()) if run else {}
-    for name in ("train_teacher", "vae_steps", "teacher_steps", "t_star"):
+    seed = ("seed",) * (not args.generate)  # which draws anew
+    for name in (*seed, "train_teacher", "vae_steps", "teacher_steps", "t_star"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
         check(name, same, "cannot change in a run, whose checkpoints were made with it as it was: leave it out")
 

@@ -987,6 +987,7 @@ def test_eval_only_repeats_the_scores_leaves_the_settings_and_draws_a_long_chain
     for flags, message in (
         (["--features", "/nowhere"], "--features /nowhere does not exist"),
         (["--lambda-star", -1], "--lambda-star -1.0 cannot change"),
+        (["--seed", 7], "--seed 7 cannot change"),
     ):
         code, output = run_main(capsys, "--eval-only", copied, *flags)
         assert code == 2 and message in output
@@ -1129,10 +1130,15 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--teacher-steps", 30], "--teacher-steps 30 cannot change"),
         (["--no-train-teacher", "--teacher", "x"], "--train-teacher False cannot change"),
         (["--lambda-star", -1], "--lambda-star -1.0 cannot change"),
+        (["--seed", 7], "--seed 7 cannot change"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    settings = json.loads((copied / "args.json").read_text()) | {"train_teacher": False, "teacher": "x"}
+    (copied / "args.json").write_text(json.dumps(settings))  # --vp is for a --teacher
+    code, error = run_main(capsys, "--resume", copied, "--vp")
+    assert code == 2 and "--vp True cannot change" in error
 
 
 def test_a_resumed_run_takes_the_betas_of_the_flags(copied, capsys, monkeypatch):

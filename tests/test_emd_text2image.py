@@ -605,13 +605,15 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--vae-steps", 30], "--vae-steps 30 cannot change"),
         (["--no-train-teacher", "--teacher", "x", "--prompts", "x"], "--train-teacher False cannot change"),
         (["--t-star", 100], "--t-star 100 cannot change"),
+        (["--seed", 7], "--seed 7 cannot change"),
         (["--beta1", 0.5], "its optimiser is of another kind"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
-    code, error = run_main(capsys, "--eval-only", copied, "--t-star", 100)
-    assert code == 2 and "--t-star 100 cannot change" in error
+    for flag, value in (("--t-star", 100), ("--seed", 7)):
+        code, error = run_main(capsys, "--eval-only", copied, flag, value)
+        assert code == 2 and f"{flag} {value} cannot change" in error
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 

@@ -203,6 +203,25 @@ def test_without_attention_a_cell_knows_the_action_only_if_that_is_added_to_it(t
     assert np.abs(reward[0, 0] - reward[0, 1]).max() > 1e-4  # read at the action's own token
 
 
+def test_heads_at_once_as_on_a_gpu_equal_one_after_another(tiny, monkeypatch):
+    args = tiny(context=T, imagination_steps=T, codebook_size=256, wm_dropout=0.1)
+    params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
+    rng = np.random.default_rng(2)
+    windows = windows_of(rng.integers(0, 200, (4, T + 1, 81)), rng.integers(0, 17, (4, T + 1)))
+
+    def results(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        grad = jax.jit(lambda p: jax.value_and_grad(twm.world_model_loss, has_aux=True)(
+            p, args, 256, 200, windows, jax.random.PRNGKey(1)))  # fmt: skip
+        return str(grad.trace(params).jaxpr), *grad(params)
+
+    program, (loss, _), gradients = results("gpu")
+    program_on_cpu, (expected, _), expected_gradients = results("cpu")
+    assert program != program_on_cpu  # so that two ways are compared
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients, expected_gradients)
+
+
 def test_a_larger_output_vocabulary_gives_the_same_loss_and_gradients(tiny):
     args = tiny(context=T, imagination_steps=T, codebook_size=600, wm_dropout=0.0)
     params = twm.init_world_model(args, jax.random.PRNGKey(0)).params
