@@ -415,9 +415,7 @@ class GaussianMixture(nn.Module):
 
 
 def make_unet(args: Args) -> UNet2DModel:
-    """An untrained UNet of the ADM layout, which is ImageNet-64's EDM teacher with the paper preset's numbers. It
-    outputs 0, its other parameters are drawn from --seed.
-    """
+    """An untrained UNet of the ADM layout, which is ImageNet-64's EDM teacher with the paper preset's numbers."""
     levels, groups = len(args.unet_channels), math.gcd(32, *[width // 2 for width in args.unet_channels])
     attends = [level >= levels - args.unet_attention for level in range(levels)]
     torch.manual_seed(args.seed)
@@ -790,9 +788,7 @@ def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 class Noise:
-    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
-    resumed run, and any number of processes, draw the same.
-    """
+    """Random numbers that depend on a key of integers alone: a resumed run, and more processes, draw the same."""
 
     def __init__(self, device: torch.device | str, *key: int):
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -852,9 +848,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
-    UserError.
-    """
+    """Step and contents of the newest checkpoint that can be read; 0, {} if none was saved. Raises UserError."""
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
@@ -944,9 +938,7 @@ def is_scored(run: Run, step: int) -> bool:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
-    Features Float[N, D].
-    """
+    """[PR] Share of fakes in the reals' k-nearest-neighbour balls, and of reals in the fakes'. Features Float[N, D]."""
 
     def covered(points: Tensor, centres: Tensor) -> float:
         # k + 1: every centre is its own nearest neighbour
@@ -1039,9 +1031,7 @@ class Evaluator:
 
     @torch.no_grad()
     def score(self, sampler: Callable[[Tensor, Tensor], Tensor], evaluations: int) -> tuple[dict, Tensor, Tensor]:
-        """Scores of the images sampler(z, labels), their features, and their deviation over noise by class. Noise
-        depends on the chunk alone; processes share the chunks.
-        """
+        """Scores of the images sampler(z, labels), made in chunks, their features, and their deviations by class."""
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
         pixels = torch.zeros(args.eval_samples, *args.image_shape, dtype=torch.uint8)  # on the host
         for index in range(acc.process_index, -(-args.eval_samples // size), acc.num_processes):
@@ -1082,9 +1072,8 @@ class Evaluator:
 
 # --- Training ---
 def train_teacher(args: Args, run: Run, acc: Accelerator, first: int, saved: dict[str, Any]) -> bool:
-    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end.
-    DEVIATION(teacher's training): shorter than theirs.
-    """
+    """[EDM] training of a teacher on --dataset; its average is kept as RUN/teacher/. Whether it came to its end."""
+    # DEVIATION(teacher's training): shorter than theirs.
     net, images = Denoiser(args, make_unet(args)).to(acc.device).eval(), load_images(args)
     average, adam = copy.deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters(), fused=True)
     if args.compile:

@@ -418,9 +418,7 @@ def words_of(nearest: np.ndarray) -> tuple[str, ...]:
 
 @functools.cache
 def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarray]]:
-    """Captions, and a picture UInt8[S, S, 3] for caption and seed: of the webdataset --pictures (NAME.txt beside
-    NAME.png), or drawn. Raises UserError.
-    """
+    """Captions, and a picture UInt8[S, S, 3] for caption and seed: of --pictures, or drawn. Raises UserError."""
     if not args.pictures:
         return list(grammar()), lambda caption, seed: draw(caption, args.image_size, seed)
     found: dict[str, np.ndarray] = {}
@@ -439,9 +437,7 @@ def load_pictures(args: Args) -> tuple[list[str], Callable[[str, int], np.ndarra
 
 # --- Networks ---
 def noise_levels(scheduler: Any) -> Tensor:
-    """s_t = sigma_t / alpha_t, Float[T], of the timesteps that hold some signal: a schedule rescaled to zero SNR ends
-    in pure noise.
-    """
+    """s_t = sigma_t / alpha_t, Float[T], of the timesteps with some signal: not of those of zero terminal SNR."""
     alphas = scheduler.alphas_cumprod.double().cpu()
     return ((1 - alphas) / alphas).sqrt()[alphas > 1e-6]
 
@@ -818,9 +814,7 @@ def update_ema(average: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 class Noise:
-    """Random numbers that depend on a key of integers alone. With a key of seed, stream, step and micro-batch, a
-    resumed run, and any number of processes, draw the same.
-    """
+    """Random numbers that depend on a key of integers alone: a resumed run, and more processes, draw the same."""
 
     def __init__(self, device: torch.device | str, *key: int):
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -880,9 +874,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Step and contents of the newest checkpoint that can be read; of a run that saved none, 0 and nothing. Raises
-    UserError.
-    """
+    """Step and contents of the newest checkpoint that can be read; 0, {} if none was saved. Raises UserError."""
     paths = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in paths:
         try:
@@ -972,9 +964,7 @@ def is_scored(run: Run, step: int) -> bool:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """[PR] Share of fakes inside the union of the reals' k-nearest-neighbour balls, and of reals inside the fakes'.
-    Features Float[N, D].
-    """
+    """[PR] Share of fakes in the reals' k-nearest-neighbour balls, and of reals in the fakes'. Features Float[N, D]."""
 
     def covered(points: Tensor, centres: Tensor) -> float:
         # k + 1: every centre is its own nearest neighbour
@@ -1146,9 +1136,7 @@ class Evaluator:
 
     @torch.no_grad()
     def score(self, sampler: Callable[[Tensor, Tensor], Tensor], evaluations: int) -> tuple[dict, Tensor]:
-        """Scores of the latents sampler(z, text), decoded, and their features. Noise depends on the chunk alone;
-        processes share the chunks.
-        """
+        """Scores of the latents sampler(z, text), made in chunks and decoded, and their features."""
         args, acc, size, started = self.args, self.acc, self.args.eval_batch_size, time.perf_counter()
         side = min(256, args.image_size)  # of shrink()
         pixels = torch.zeros(args.eval_samples, 3, side, side, dtype=torch.uint8)  # on the host
@@ -1194,12 +1182,10 @@ class Evaluator:
 
 # --- Training ---
 def make_optimizer(args: Args, net: nn.Module) -> torch.optim.Optimizer:
-    """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store. `foreach`
-    would take memory for another copy of the parameters.
-    """
+    """Adam; with beta1 = 0 as RMSprop, the same up to adam_lr()'s factor, without a first moment to store."""
     if args.beta1:
         return torch.optim.Adam(net.parameters(), betas=(args.beta1, args.beta2), fused=True)
-    return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8, foreach=False)
+    return torch.optim.RMSprop(net.parameters(), alpha=args.beta2, eps=1e-8, foreach=False)  # True takes a copy of all
 
 
 def adam_lr(args: Args, lr: float, update: int) -> float:
