@@ -271,6 +271,8 @@ def check_args(args: Args) -> None:
     check("data_dir", not needed or args.data_dir, "is empty: name ImageNet's train folder")
     way_out = "name inception-2015-12-05.pt, or give --eval-samples 0"
     check("features", not (imagenet and scored) or args.features, f"is empty: {way_out}")
+    for name in ("data_dir", "features"):  # before training, though they may be needed only after the last update
+        check(name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
 
 
 # --- Images ---
@@ -830,12 +832,6 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
-def require_paths(args: Args, *names: str) -> None:
-    """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
-    for name in names:
-        require(args, name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
-
-
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """The state_dict of everything that moves; the last two are kept. Raises UserError."""
     path = folder / "checkpoints" / f"{step:09d}.pt"
@@ -1198,7 +1194,6 @@ def load_everything(args: Args, run: Run, acc: Accelerator, saved: dict, teacher
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    require_paths(args, "data_dir", "features")
     if args.eval_samples or (args.train_teacher and not args.resume):  # what cannot be read is refused now
         load_images(args)
     if args.eval_samples and args.features:
@@ -1240,7 +1235,6 @@ def train(args: Args, acc: Accelerator) -> None:
 
 def evaluate(args: Args, acc: Accelerator) -> None:
     """--eval-only: scores and pictures of a run's newest checkpoint."""
-    require_paths(args, "data_dir", "features")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     run = Run(args, writes=acc.is_main_process)

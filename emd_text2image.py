@@ -272,6 +272,9 @@ def check_args(args: Args) -> None:
     for name in (*seed, "train_teacher", "vae_steps", "teacher_steps", "t_star"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
         check(name, same, "cannot change in a run, whose checkpoints were made with it as it was: leave it out")
+    # Before training, though they may be needed only after the last update.
+    for name in () if args.generate else ("pictures", "eval_prompts", "reference", "features", "clip"):
+        check(name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
 
 
 # --- Captions ---
@@ -856,12 +859,6 @@ def refuse(what: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {way_out}.") from error
 
 
-def require_paths(args: Args, *names: str) -> None:
-    """Refuses a file or folder that is missing before training, though it may be needed only after the last update."""
-    for name in names:
-        require(args, name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
-
-
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """The state_dict of everything that moves; the last two are kept. Raises UserError."""
     path = folder / "checkpoints" / f"{step:09d}.pt"
@@ -1357,7 +1354,6 @@ def load_everything(args: Args, run: Run, acc: Accelerator, texts: list, saved: 
 
 def train(args: Args, acc: Accelerator) -> None:
     """Train from the start or from --resume, with logs, pictures and checkpoints on the way, then evaluate."""
-    require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.resume)) if args.resume else (0, {})
     captioned = load_pictures(args)[0]  # files are read before anything is downloaded or trained
     texts = read_prompts(args, "prompts") if args.prompts else captioned
@@ -1415,7 +1411,6 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         name = "generated_" + re.sub(r"\W+", "_", args.generate.lower())[:60]
         run.media(args.seed, name, np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
         return print(f"{run.folder / 'media' / f'{name}_{args.seed}.png'}")
-    require_paths(args, "pictures", "eval_prompts", "reference", "features", "clip")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
     texts = read_prompts(args, "prompts") if args.prompts else load_pictures(args)[0]

@@ -61,7 +61,9 @@ def parse(program: str, words: list[str], monkeypatch) -> None:
                 with open(f"{folder}/args.json", "w") as file:
                     json.dump(dataclasses.asdict(module.PRESETS["smoke"]), file)
         args = module.parse_args([word for word in words if word != "..."])
-        return None if "..." in words else module.check_args(args)  # three dots: to be completed by the reader
+        with monkeypatch.context() as patched:
+            patched.setattr(type(ROOT), "exists", lambda path: True)  # files of the reader may have any name
+            return None if "..." in words else module.check_args(args)  # three dots: to be completed by the reader
     if "argparse" not in inspect.getsource(module):
         return inspect.signature(module.main).bind(*words)
     real = argparse.ArgumentParser.parse_args
