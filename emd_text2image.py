@@ -543,15 +543,14 @@ def load_pipeline(args: Args, name: str, flag: str = "teacher") -> StableDiffusi
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         how = {"dtype": torch.float32, "use_safetensors": True}  # whatever type was stored
         pipe = StableDiffusionPipeline.from_pretrained(name, **how, **optional)
-        kind, channels = pipe.scheduler.config.prediction_type, pipe.unet.config.in_channels
+        unet, kind = pipe.unet.config, pipe.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction") or not isinstance(pipe.unet, UNet):
             raise ValueError(f"it is a {type(pipe.unet).__name__} that predicts {kind}, not epsilon or v_prediction")
-        if channels != pipe.vae.config.latent_channels:
-            raise ValueError(f"its UNet reads {channels} channels: no text-to-image model")
-        needs = pipe.unet.config
-        if needs.addition_embed_type or needs.cross_attention_dim != pipe.text_encoder.config.hidden_size:
+        if unet.in_channels != pipe.vae.config.latent_channels:
+            raise ValueError(f"its UNet reads {unet.in_channels} channels: no text-to-image model")
+        if unet.addition_embed_type or unet.cross_attention_dim != pipe.text_encoder.config.hidden_size:
             raise ValueError("its UNet needs more than, or other, features than those of its text encoder")
-    cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(pipe.unet.config.block_out_channels) - 2)
+    cells = 2 ** (len(pipe.vae.config.block_out_channels) + len(unet.block_out_channels) - 2)
     require(args, "image_size", args.image_size % cells == 0, f"is no multiple of {cells}, as {name} needs")
     last = len(noise_levels(pipe.scheduler)) - 1
     for time_flag in ("t_max", "t_star") if flag == "teacher" else ():
@@ -1456,11 +1455,8 @@ def memory_plan(args: Args, unet: UNet, text: Tensor, latent: Tensor) -> dict[st
 def dry_run(args: Args) -> None:
     """Settings, sizes, and the work and memory of an update, from shapes alone: a local --teacher's or the flags'."""
     configs = Path(args.teacher).glob("*/config.json") if args.teacher else ()
-    with (
-        refuse(f"--teacher {args.teacher} cannot be read", "give a Stable Diffusion folder"),
-        torch.device("meta"),
-        torch.no_grad(),
-    ):
+    readable = refuse(f"--teacher {args.teacher} cannot be read", "give a Stable Diffusion folder")
+    with readable, torch.device("meta"), torch.no_grad():
         parts = {path.parent.name: json.loads(path.read_text()) for path in configs}
         widths = parts["vae"]["block_out_channels"] if "vae" in parts else args.vae_channels
         side, tokens = args.image_size // 2 ** (len(widths) - 1), 16 if args.train_teacher else 77
