@@ -566,13 +566,6 @@ def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
     return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
 
 
-def one_step_scheduler(scheduler: Any, t_star: int) -> EulerDiscreteScheduler:
-    """The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*)."""
-    # steps_offset has no effect here, but diffusers warns without it
-    how = {"prediction_type": scheduler.config.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
-    return EulerDiscreteScheduler(t_star + 1, trained_betas=scheduler.betas[: t_star + 1].tolist(), **how)
-
-
 # --- Algorithm: pure functions of callables, so that analytic objects and networks run through the same lines ---
 def generate(net: Denoiser, z: Tensor, text: Tensor, t_star: int) -> Tensor:
     """x = g(z, c): the denoiser used once, at t* on y = s* z, so that the UNet sees sigma* z. z Float[B, C, H, W]."""
@@ -1015,7 +1008,11 @@ not supported. Settings, and scores measured by the script that trained it:
 def export(args: Args, run: Run, setup: "Setup", average: Denoiser, step: int) -> None:
     """RUN/pipeline: a diffusers folder of the averaged generator with a one-step scheduler, and its model card."""
     folder, aside, scores = run.folder / "pipeline", run.folder / "pipeline.tmp", run.folder / "eval.json"
-    parts = {"unet": average.unet, "scheduler": one_step_scheduler(setup.pipe.scheduler, args.t_star)}
+    # The schedule cut off after t*: diffusers then starts at s* z, and Euler's one step to s = 0 is D(s* z, t*).
+    kind, betas = setup.pipe.scheduler.config.prediction_type, setup.pipe.scheduler.betas[: args.t_star + 1].tolist()
+    how = {"timestep_spacing": "trailing", "steps_offset": 1}  # diffusers warns without the latter, which does nothing
+    scheduler = EulerDiscreteScheduler(len(betas), trained_betas=betas, prediction_type=kind, **how)
+    parts = {"unet": average.unet, "scheduler": scheduler}
     pipe = StableDiffusionPipeline(**setup.pipe.components | parts, requires_safety_checker=False)
     pipe.unet.register_to_config(sample_size=setup.shape[1])  # the size that a call makes if it names none
     pipe.save_pretrained(aside)
