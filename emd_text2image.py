@@ -272,6 +272,8 @@ def check_args(args: Args) -> None:
     for name in (*seed, "train_teacher", "vae_steps", "teacher_steps", "t_star"):
         same = before.get(name, getattr(args, name)) == getattr(args, name)
         check(name, same, "cannot change in a run, whose checkpoints were made with it as it was: leave it out")
+    same = bool(before.get("beta1", args.beta1)) == bool(args.beta1)
+    check("beta1", same, "makes the optimiser of another kind than the run's: leave it out")
     # Before training, though they may be needed only after the last update.
     for name in () if args.generate else ("pictures", "eval_prompts", "reference", "features", "clip"):
         check(name, Path(getattr(args, name)).exists(), "does not exist: name a file or folder that does")
@@ -878,15 +880,13 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 def restore(folder: Path, state: dict[str, Any], saved: dict[str, Any]) -> None:
     """Fill networks and optimisers; of the latter the state, since flags may set other betas. Raises UserError."""
     what = f"--resume or --eval-only {folder}: its checkpoint does not fit these settings"
-    with refuse(what, "leave out flags that change a size or the kind of optimiser"):
+    with refuse(what, "leave out flags that change a size"):
         for name, part in state.items():
-            stored, fresh = saved[name], part.state_dict()
-            if isinstance(part, torch.optim.Optimizer):
-                if stored["param_groups"][0].keys() != fresh["param_groups"][0].keys():
-                    raise ValueError("its optimiser is of another kind")
-                stored = stored | {"param_groups": fresh["param_groups"]}
+            stored, is_optimizer = saved[name], isinstance(part, torch.optim.Optimizer)
+            if is_optimizer:
+                stored = stored | {"param_groups": part.state_dict()["param_groups"]}
             part.load_state_dict(stored)
-            for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+            for p, moments in part.state.items() if is_optimizer else ():
                 # Fused updates walk through memory: a moment must lie as its parameter does, which a flag may change.
                 moments |= {key: torch.empty_like(p).copy_(x) for key, x in moments.items() if x.shape == p.shape}
 

@@ -606,7 +606,7 @@ def test_a_refused_resume_changes_nothing(copied, capsys):
         (["--no-train-teacher", "--teacher", "x", "--prompts", "x"], "--train-teacher False cannot change"),
         (["--t-star", 100], "--t-star 100 cannot change"),
         (["--seed", 7], "--seed 7 cannot change"),
-        (["--beta1", 0.5], "its optimiser is of another kind"),
+        (["--beta1", 0.5], "--beta1 0.5 makes the optimiser of another kind"),
     ):
         code, error = run_main(capsys, "--resume", copied, *flags)
         assert code == 2 and message in error
