@@ -1091,12 +1091,13 @@ def diversity(name: str, features: Tensor, each: int, kept: Tensor) -> dict[str,
     return {name: float(distance[pairs].mean())} if pairs.any() else {}
 
 
-def compared_captions(args: Args, texts: list[str], captioned: list[str]) -> list[str]:
+def compared_captions(args: Args, texts: list[str]) -> list[str]:
     """The captions whose pictures samples are compared with: none if one has no picture. Raises UserError."""
-    if args.reference or not set(texts) <= set(captioned):
+    if args.reference or not set(texts) <= set(load_pictures(args)[0]):
         return []
-    texts = [*dict.fromkeys(texts)] if args.pictures else texts  # only drawn ones of a caption differ
-    require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
+    if args.pictures:  # only drawn ones of a caption differ
+        texts = [*dict.fromkeys(texts)]
+        require(args, "pictures", len(texts) > 3, f"has {len(texts)} captions to compare with: give more captions")
     return texts
 
 
@@ -1112,12 +1113,11 @@ class Evaluator:
         self.picks = picks.repeat_interleave(args.eval_per_prompt)
         self.texts, self.references = [self.captions.texts[i] for i in self.picks.tolist()], {}
         self.drawn, (self.ruler, self.features) = set(self.texts) <= grammar().keys(), load_features(args, acc.device)
-        captioned, picture = load_pictures(args)
         self.clip = load_clip(args) if args.clip else None
         if args.reference:
             self.references["data"] = torch.cat([self.extract(image) for image in load_reference(args)])
-        elif texts := compared_captions(args, self.texts, captioned):
-            real = [picture(text, seed) for seed, text in enumerate(texts)]
+        elif texts := compared_captions(args, self.texts):
+            real = [load_pictures(args)[1](text, seed) for seed, text in enumerate(texts)]
             self.references["data"] = self.extract(shrink(torch.tensor(np.stack(real)).permute(0, 3, 1, 2)))
         evaluations = args.ddim_steps * (1 + (args.guidance != 1))
         self.teacher_scores, self.references["teacher"] = self.score(setup.teacher_samples, evaluations)
@@ -1360,9 +1360,7 @@ def train(args: Args, acc: Accelerator) -> None:
         if args.reference:
             for _ in load_reference(args):
                 pass
-        asked = read_prompts(args, "eval_prompts") if args.eval_prompts else texts
-        if args.pictures:
-            compared_captions(args, asked, captioned)
+        compared_captions(args, read_prompts(args, "eval_prompts") if args.eval_prompts else texts)
     pipe = None if args.train_teacher else load_pipeline(args, args.teacher)
     run = Run(args, step, acc.is_main_process)
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])  # its time is the main process's
