@@ -296,8 +296,7 @@ def read_prompts(args: Args, flag: str) -> list[str]:
                 lines += [(line, file.suffix == ".jsonl") for line in file.read_bytes().splitlines()]
             elif file == path:
                 raise ValueError("it is of another kind" if path.exists() else "it does not exist")
-    captions: list[str] = []
-    known: set[str] = set()
+    captions, known = [], set()
     for raw, is_json in lines:
         try:
             text = raw.decode("utf-8-sig")
@@ -316,7 +315,7 @@ def read_prompts(args: Args, flag: str) -> list[str]:
         else:
             captions.append(text)
             known.add(text)
-    report = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+    report = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     print(f"{path}: {len(captions):,} captions; left out: {report or 'none'}", flush=True)
     require(args, flag, bool(captions), "holds no caption: give one a line")
     return captions
@@ -478,8 +477,7 @@ class Denoiser(nn.Module):
         if guided:
             x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([self.empty.expand_as(text), text])
         with torch.autocast(y.device.type, torch.bfloat16, self.bf16, cache_enabled=False):  # casts are let go
-            out = self.unet(x_t, t, text, return_dict=False)[0]
-        out = out.to(y.dtype)
+            out = self.unet(x_t, t, text, return_dict=False)[0].to(y.dtype)
         return torch.lerp(*out.chunk(2), self.guidance) if guided else out
 
     def forward(self, y: Tensor, t: Tensor, text: Tensor) -> Tensor:
