@@ -788,9 +788,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def tile(images: Tensor, columns: int) -> np.ndarray:
     """Float[N, C, H, W] in [-1, 1], row by row -> UInt8[rows H, columns W, 3]."""
-    pixels = to_uint8(images).expand(-1, 3, -1, -1).cpu().numpy()
-    n, _, h, w = pixels.shape
-    return pixels.reshape(n // columns, columns, 3, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
+    rows = to_uint8(images).expand(-1, 3, -1, -1).unflatten(0, (-1, columns))
+    return rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
 
 
 def generator_lr(args: Args, step: int) -> float:
