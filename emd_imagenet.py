@@ -1145,6 +1145,7 @@ def train_iteration(args: Args, teacher: Denoiser, state: dict, step: int, means
     update_ema(state["average"], generator, ema_decay(step, args))
 
 
+@torch.no_grad()
 def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict, acc: Accelerator) -> None:
     """On fixed noise: samples of the averaged generator, once the teacher's; a panel with a row each for g(z), y at
     s = 0.5, D_q(y), D_phi(y), their difference four times enlarged, and y and g(z) after the chain. With --mcmc-steps
@@ -1157,23 +1158,21 @@ def write_media(args: Args, run: Run, step: int, teacher: Denoiser, state: dict,
     generator = functools.partial(generate, state["average"], labels=few, sigma_star=args.sigma_star)
     difference = functools.partial(denoiser_difference, teacher, state["score"], labels=few, mask_seed=None)
 
-    @torch.no_grad()
     def after(k: int) -> tuple[Tensor, Tensor, Tensor]:
         """y, g(z) and g(z) + r after k steps; the noise of a longer chain begins with that of a shorter one."""
         part = dataclasses.replace(args, k=k, cancel="full", weight="s2")
-        with torch.enable_grad():
+        with torch.enable_grad():  # of z
             chain = e_step(generator, difference, z[:columns], eps, sigma, Noise(acc.device, 0, 1).normal_like, part)
         x = generator(chain.z)
         y = x + residual(chain, x, dataclasses.replace(part, cancel="none"))
         return y, x, x + residual(chain, x, part)
 
-    with torch.no_grad():
-        run.media(step, "samples", tile(generate(state["average"], z, labels, args.sigma_star), columns))
-        if not list((run.folder / "media").glob("teacher_*")):
-            run.media(step, "teacher", tile(heun(lambda y, s: teacher(y, s, labels), z, args.heun_steps), columns))
-        x = generator(z[:columns])
-        y = x + sigma * eps
-        denoised = [teacher(y, sigma, few), state["score"](y, sigma, few), 4 * difference(y, sigma)]
+    run.media(step, "samples", tile(generate(state["average"], z, labels, args.sigma_star), columns))
+    if not list((run.folder / "media").glob("teacher_*")):
+        run.media(step, "teacher", tile(heun(lambda y, s: teacher(y, s, labels), z, args.heun_steps), columns))
+    x = generator(z[:columns])
+    y = x + sigma * eps
+    denoised = [teacher(y, sigma, few), state["score"](y, sigma, few), 4 * difference(y, sigma)]
     run.media(step, "panel", tile(torch.cat([x, y, *denoised, *after(args.k)[:2]]), columns))
     if args.mcmc_steps:
         rows = [after(max(1, round(args.mcmc_steps / part)))[2] for part in (30, 10, 3, 1)]
