@@ -1397,10 +1397,10 @@ def evaluate(args: Args, acc: Accelerator) -> None:
         require(args, "eval_only", (run.folder / "pipeline").exists(), "has no pipeline/: first leave out --generate")
         pipe = load_pipeline(args, str(run.folder / "pipeline"), "eval_only").to(acc.device)
         generator = torch.Generator("cpu").manual_seed(args.seed)
-        how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator, "output_type": "np"}
+        how = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": generator}
         images = pipe([args.generate] * 8, height=args.image_size, width=args.image_size, **how).images
         name = "generated_" + re.sub(r"\W+", "_", args.generate.lower())[:60]
-        run.media(args.seed, name, np.concatenate((images * 255).round().astype(np.uint8), axis=1), scale=1)
+        run.media(args.seed, name, np.concatenate(images, axis=1), scale=1)
         return print(f"{run.folder / 'media' / f'{name}_{args.seed}.png'}")
     step, saved = load_checkpoint(Path(args.eval_only))
     require(args, "eval_only", "generator" in saved, f"has no student yet: go on with --resume {args.eval_only}")
