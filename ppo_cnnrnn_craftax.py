@@ -425,6 +425,7 @@ class ValueNorm:
     std_sum: Array
     weight: Array
 
+    @functools.partial(jax.jit, static_argnums=2)
     def update(self, targets: Array, decay: float) -> "ValueNorm":
         new = ValueNorm(targets.mean(), targets.std(), 1.0)
         return jax.tree.map(lambda old, value: decay * old + (1 - decay) * value, self, new)
@@ -511,13 +512,6 @@ def ppo_loss(params: Any, args: Args, norm: ValueNorm, rollout: Rollout, advanta
     return loss, logs
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def begin_step(args: Args, envs: int, policy: Learner, targets: Array, index: int) -> tuple[ValueNorm, Any]:
-    """Statistics that have seen targets Float[T, B] of the index-th `envs` environments, and a gradient of zeros."""
-    seen = jax.lax.dynamic_slice_in_dim(targets, index * envs, envs, axis=1)
-    return policy.value_norm.update(seen, args.value_norm_decay), jax.tree.map(jnp.zeros_like, policy.params)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def add_gradient(
     args: Args, envs: int, params: Any, norm: ValueNorm, batch: tuple[Rollout, Array, Array], grads: Any, index: int
@@ -545,7 +539,8 @@ def ppo_step(
     Python loop, because XLA's CPU backend runs the gradient of a convolution many times slower inside lax.scan.
     """
     group = gradient_group(args, envs, len(batch[1]))
-    (norm, grads), logs = begin_step(args, envs, policy, batch[2], index), []
+    norm = policy.value_norm.update(batch[2][:, index * envs : (index + 1) * envs], args.value_norm_decay)
+    grads, logs = jax.jit(optax.tree.zeros_like)(policy.params), []
     for i in range(envs // group):
         grads, log = add_gradient(args, group, policy.params, norm, batch, grads, index * (envs // group) + i)
         logs.append(log)
