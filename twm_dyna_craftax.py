@@ -1028,16 +1028,8 @@ def world_model_step(
     return Learner(optax.apply_updates(model.params, updates), opt_state), logs
 
 
+heldout_loss = jax.jit(world_model_loss, static_argnums=(1, 2))
 move_average = jax.jit(optax.incremental_update)  # of new and old parameters, new ones weighted by a step size
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def heldout_logs(args: Args, vocab: int, params: Any, size: Array, steps: Steps) -> dict:
-    """Losses and accuracies, without dropout, on the last context + 1 of [T, B] steps of wm_batch_size environments,
-    before any training on them.
-    """
-    windows = jax.tree.map(lambda x: x[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1), steps)
-    return world_model_loss(params, args, vocab, size, windows, None)[1]
 
 
 # --- Imagination ---
@@ -1173,7 +1165,9 @@ def train_iteration(args: Args, state: TrainState, key: Array) -> tuple[TrainSta
     new = Steps(tokens, rollout.actions.astype(jnp.uint8), rollout.rewards, rollout.dones, rollout.frames)
     new = add_rewarded(state.replay, new) if args.wm_rewarded_actions else new
     vocab, size = live_vocabulary(args, codebook), codebook.size
-    logs["world_model/heldout"] = mean_of([heldout_logs(args, vocab, state.wm_average, size, new)])
+    # Before any training on them, without dropout: the last context + 1 steps of wm_batch_size environments.
+    windows = jax.tree.map(lambda x: x[-args.context - 1 :, : args.wm_batch_size].swapaxes(0, 1), new)
+    logs["world_model/heldout"] = mean_of([heldout_loss(state.wm_average, args, vocab, size, windows, None)[1]])
     replay = add_to_replay(state.replay, new)
     clock.lap("tokenizer", replay)
 

@@ -239,7 +239,7 @@ def test_the_averaged_weights_imagine(tiny, monkeypatch, decay):
     state = jax.eval_shape(lambda: twm.init_state(args))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     pictures = jnp.zeros((args.num_steps, args.num_envs, *twm.FRAME), jnp.uint8)
-    rollout = twm.Rollout(pictures, *[jnp.zeros(())] * (len(dataclasses.fields(twm.Rollout)) - 1))
+    rollout = twm.Rollout(pictures, *[jnp.zeros(pictures.shape[:2])] * (len(dataclasses.fields(twm.Rollout)) - 1))
 
     def step(args, vocab, model, size, replay, key):  # weights 1, 2, 3, ...
         return model.replace(params=jax.tree.map(lambda leaf: leaf + 1, model.params)), {}
@@ -254,7 +254,7 @@ def test_the_averaged_weights_imagine(tiny, monkeypatch, decay):
         "world_model_step": step,
         "ppo_step": lambda args, policy, *_: (policy, {}),
     }
-    stubs |= {"heldout_logs": saw("heldout", 2, {}), "imagined_batch": saw("imagination", 3, (None, {}))}
+    stubs |= {"heldout_loss": saw("heldout", 0, (None, {})), "imagined_batch": saw("imagination", 3, (None, {}))}
     stubs["replay_actions"] = saw("pictures", 3, jnp.zeros((4, args.context + 1, 81), jnp.int32))
     for name, stub in stubs.items():
         monkeypatch.setattr(twm, name, stub)
