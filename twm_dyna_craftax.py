@@ -701,16 +701,13 @@ class Codebook:
     size: Array  # Int[]: rows in use
 
 
-SEARCH = 256  # codes compared at once; only groups that hold codes in use are compared
-
-
 def nearest_code(codebook: Codebook, patches: Array) -> tuple[Array, Array]:
     """Squared distance to, and index of, the nearest code in use (the first of equals) for Float[N, 147] patches.
     Pixels are whole numbers 0..255, so |e|^2 - 2 p e is exact in fp32 whatever the order of summation; products of two
     such numbers are exact even from bf16 inputs, which GPUs get.
     """
     inputs = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    group = min(SEARCH, len(codebook.codes))
+    group = min(256, len(codebook.codes))  # codes compared at once; only groups that hold codes in use are
 
     def search(i, best):
         start = jnp.minimum(i * group, len(codebook.codes) - group)
