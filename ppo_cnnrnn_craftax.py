@@ -489,8 +489,7 @@ def advantages_and_targets(args: Args, norm: ValueNorm, rollout: Rollout) -> tup
     """GAE on denormalised values. Advantages are normalised once, over the whole rollout. Float[T, B] each."""
     mean, std = norm.statistics()
     values, last_value = rollout.values * std + mean, rollout.last_value[0] * std + mean
-    dones = rollout.dones.astype(jnp.float32)
-    advantages, targets = compute_gae(rollout.rewards, values, last_value, dones, args.gamma, args.gae_lambda)
+    advantages, targets = compute_gae(rollout.rewards, values, last_value, rollout.dones, args.gamma, args.gae_lambda)
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8), targets
 
 
