@@ -178,12 +178,12 @@ def require(args: Args, name: str, holds: bool, reason: str) -> None:
 
 
 def check_args(args: Args) -> None:
-    check_policy_args(args, {"eval_episodes": args.eval_episodes})
+    check_policy_args(args, ("eval_episodes",))
 
 
 # --- shared block: craftax agent ---
-def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
-    """Refuse numbers out of range, and batches that devices do not divide. Raises UserError."""
+def check_policy_args(args: Args, divisible: tuple[str, ...]) -> None:
+    """Refuse numbers out of range, and `divisible` batches that devices do not divide. Raises UserError."""
     may_be_0 = "seed media_every eval_episodes warmup_steps imagination_updates burn_in".split()
     for name, value in dataclasses.asdict(args).items():
         low = 0 if name in may_be_0 or isinstance(value, float) else 1
@@ -201,9 +201,9 @@ def check_policy_args(args: Args, divisible: dict[str, int]) -> None:
             reason = f"is not what args.json says ({before.get(name)}), and a run keeps it: leave it out"
             require(args, name, getattr(args, name) == before.get(name), reason)
     devices = jax.device_count()
-    for name, size in {"num_envs": envs, **divisible}.items():
+    for name in ("num_envs", *divisible):
         reason = f"does not split evenly over {devices} devices: make it a multiple, or hide devices"
-        require(args, name, size % devices == 0, reason)
+        require(args, name, getattr(args, name) % devices == 0, reason)
     fits = max(n for n in range(1, min(envs, minibatches) + 1) if envs // devices % n == 0)
     reason = f"does not divide --num-envs {envs} into groups that {devices} devices can share: try {fits}"
     require(args, "num_minibatches", fits == minibatches, reason)
