@@ -308,24 +308,22 @@ class Encoder(nn.Module):
     pooling. -> Float[N, 81 * channels[-1]].
     """
 
-    cells: bool
-    channels: tuple[int, ...]
-    norm: str
-    dtype: Any
+    args: Args
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        alone, together = {"num_groups": None, "group_size": 1}, {"num_groups": 1}
-        group = functools.partial(nn.GroupNorm, epsilon=1e-6, dtype=self.dtype)
-        norm = functools.partial(group, **(together if self.norm == "frame" else alone))
-        settings, stages = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_normal()}, self.channels
-        if self.cells:
+        cells, dtype, stages = self.args.encoder == "cells", self.args.compute_dtype, self.args.encoder_channels
+        settings = {"dtype": dtype, "kernel_init": nn.initializers.xavier_normal()}
+        each_channel = functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-6, dtype=dtype)
+        all_channels = functools.partial(each_channel, num_groups=1, group_size=None)
+        norm = each_channel if self.args.encoder_norm == "channel" else all_channels
+        if cells:
             first, *stages = stages
-            cells = to_cells(group(**alone, use_bias=False, use_scale=False)(x))
-            x = nn.relu(nn.Dense(first, **settings)(cells)).reshape(len(x), GRID, GRID, -1)
+            x = to_cells(each_channel(use_bias=False, use_scale=False)(x))
+            x = nn.relu(nn.Dense(first, **settings)(x)).reshape(len(x), GRID, GRID, -1)
         for features in stages:
             x = nn.Conv(features, (3, 3), **settings)(norm()(x))
-            x = x if self.cells else nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            x = x if cells else nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
             for _ in range(2):
                 x = x + nn.Conv(features, (3, 3), **settings)(norm()(nn.relu(x)))
         return nn.relu(x).reshape(len(x), -1)
@@ -378,9 +376,8 @@ class Policy(nn.Module):
             return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), dtype=dtype)
 
         name = {"impala": "ImpalaEncoder_0", "cells": "CellEncoder_0"}[args.encoder]  # Flax draws initial weights by it
-        encoder = Encoder(args.encoder == "cells", args.encoder_channels, args.encoder_norm, dtype, name=name)
         pixels = frames.reshape(-1, *frames.shape[2:]).astype(dtype) / 255
-        features = encoder(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
+        features = Encoder(args, name=name)(pixels).reshape(*frames.shape[:2], -1)  # Float[T, B, F]
         if args.gru:
             x = nn.relu(dense(args.gru_size, math.sqrt(2))(nn.LayerNorm(dtype=dtype)(features)))
             outputs, hidden = GRU(args.gru_size, dtype)(x, resets, hidden)

@@ -140,7 +140,7 @@ def test_paper_networks_have_the_papers_sizes():
 
 
 def test_paper_encoder_ends_at_eight_by_eight():
-    encoder = twm.Encoder(False, twm.PRESETS["paper"].encoder_channels, "channel", jnp.float32)
+    encoder = twm.Encoder(twm.PRESETS["paper"])
     frames = jax.ShapeDtypeStruct((2, 63, 63, 3), jnp.float32)
     outputs, _ = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.PRNGKey(0), x), frames)
     assert outputs.shape == (2, 8 * 8 * 128)
