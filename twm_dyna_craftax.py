@@ -698,18 +698,16 @@ class Codebook:
 
 def nearest_code(codebook: Codebook, patches: Array) -> tuple[Array, Array]:
     """Squared distance to, and index of, the nearest code in use (the first of equals) for Float[N, 147] patches.
-    Pixels are whole numbers 0..255, so |e|^2 - 2 p e is exact in fp32 whatever the order of summation; products of two
-    such numbers are exact even from bf16 inputs, which GPUs get.
+    Pixels are whole numbers 0..255, which bf16 and TF32 hold too, so |e|^2 - 2 p e is exact in whatever precision a
+    device multiplies, and in whatever order it sums up, in fp32.
     """
-    inputs = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     group = min(256, len(codebook.codes))  # codes compared at once; only groups that hold codes in use are
 
     def search(i, best):
         start = jnp.minimum(i * group, len(codebook.codes) - group)
         codes = jax.lax.dynamic_slice_in_dim(codebook.codes, start, group).astype(jnp.float32)
-        product = jnp.matmul(patches.astype(inputs), codes.T.astype(inputs), preferred_element_type=jnp.float32)
         in_use = start + jnp.arange(group) < codebook.size
-        distance = jnp.where(in_use, jnp.square(codes).sum(-1) - 2 * product, jnp.inf)  # Float[N, group]
+        distance = jnp.where(in_use, jnp.square(codes).sum(-1) - 2 * (patches @ codes.T), jnp.inf)  # Float[N, group]
         closest, index = distance.min(-1), start + distance.argmin(-1)
         return jnp.minimum(closest, best[0]), jnp.where(closest < best[0], index, best[1])
 
