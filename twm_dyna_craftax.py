@@ -911,9 +911,7 @@ def init_world_model(args: Args, key: Array) -> Learner:
     return Learner(params, adam(args, args.wm_learning_rate).init(params))
 
 
-def world_model_loss(
-    params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None
-) -> tuple[Array, dict]:
+def world_model_loss(params: Any, args: Args, vocab: int, size: Array, windows: "Steps", key: Array | None) -> tuple:
     """[TWM] cross-entropies of next tokens, reward class (1 from 0.5 on: an achievement, less health lost) and
     termination over windows of T + 1 frames, also across episode ends, whose next frame is the first of a new world.
     --wm-inventory-weight enters "loss" only. key: of dropout; None: without.
