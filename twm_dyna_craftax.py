@@ -1353,7 +1353,8 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
-    logging.disable()  # an error is told once, in one sentence
+    for name in ("absl", "asyncio"):  # an error is told once, in one sentence
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     try:
         if jax.process_index() == 0:  # a damaged one would not be written again, a killed one would stay
