@@ -28,6 +28,7 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import logging
 import math
@@ -1353,21 +1354,24 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> None:
     """Everything that moves. Raises UserError when it cannot be written; earlier checkpoints then stay as they are."""
-    for name in ("absl", "asyncio"):  # an error is told once, in one sentence
+    for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-    try:
-        if jax.process_index() == 0:  # a damaged one would not be written again, a killed one would stay
-            for path in [*folder.glob(f"checkpoints/{step}"), *folder.glob("checkpoints/*.orbax-checkpoint-tmp*")]:
-                shutil.rmtree(path)
-        multihost_utils.sync_global_devices("no checkpoint of this step")
-        with checkpoints(folder) as manager:
-            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else repr(str(error)[-200:])
-        way_out = f"make room, then --resume {folder}"
-        raise UserError(f"checkpoint {step} of {folder} was not written ({reason}): {way_out}.") from error
+    reason = ""
+    with contextlib.redirect_stderr(None):  # an error is told once, in one sentence
+        try:
+            if jax.process_index() == 0:  # a damaged one would not be written again, a killed one would stay
+                for path in [*folder.glob(f"checkpoints/{step}"), *folder.glob("checkpoints/*.orbax-checkpoint-tmp*")]:
+                    shutil.rmtree(path)
+            multihost_utils.sync_global_devices("no checkpoint of this step")
+            with checkpoints(folder) as manager:
+                manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        except (OSError, ValueError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else repr(str(error)[-200:])
+        if reason:
+            gc.collect()  # abandoned coroutines complain when they are collected
+    if reason:
+        raise UserError(f"checkpoint {step} of {folder} was not written ({reason}): make room, then --resume {folder}.")
 
 
 def load_checkpoint(flag: str, folder: Path, like: Any) -> Any:
